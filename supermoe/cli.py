@@ -1,0 +1,50 @@
+"""What all commands share: arguments, and errors that the user can mend as one paragraph with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from supermoe.config import RunConfig, load_run
+from supermoe.typed_yaml import UserError, dump
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """A parser for commands that run on a config: --config FILE, --print-config and overrides a.b=c."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="laid over the file, values in YAML")
+    return parser
+
+
+def read_config(args: argparse.Namespace) -> RunConfig:
+    """The validated config of a parsed command line; prints it and exits with --print-config."""
+    config = load_run(args.config, args.overrides)
+    if args.print_config:
+        print(dump(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a command; a `UserError` or a full disk ends it with one paragraph on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        _fail(f"{error.filename or 'output'}: {error.strerror}; free space or choose another folder, then run again")
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,219 @@
+"""Everything a run can be told, with its defaults. One class per section of the YAML file.
+
+Sections whose `type` names a component (source, splits, tasks, router, read-out, balancer ...) are seats: the class that
+implements the component owns its own `Config`, in the file that the seat names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from supermoe.typed_yaml import ALL_TIME, Config, Duration, Seat, load
+
+
+class FieldConfig(Config):
+    """How one column of the events is read. `kind` alone may be given as a plain string."""
+
+    kind: Literal["category", "categories", "number"]
+    max_size: int = Field(100_000, ge=1)  # most frequent values kept; the rest are `unknown`
+    min_count: int = Field(1, ge=1)  # values seen less often in training time are `unknown`
+    hash_size: int | None = Field(None, ge=2)  # hash into this many rows instead of fitting a vocabulary
+
+
+class WindowLabel(Config):
+    """A question about a user, answered by SQL over a window; see `supermoe/data/labels.py`.
+
+    Exactly one of `sql` (an aggregate over the window's rows), `attribute` (a column of the users table) and `next` (the
+    value of a field in the first event after the cut) says what is asked.
+    """
+
+    sql: str | None = None
+    attribute: str | None = None
+    next: str | None = None
+    window: Duration | None = None
+    empty: Any = None  # the label of a user without a row in the window; null: not asked
+    events: list[str] | None = None  # only these event types
+    table: str | None = None  # rows of this declared table instead of the events
+    first: bool = False  # only the rows that share the window's earliest time (the next basket)
+    field: str | None = None  # classes are this event field's vocabulary, not fitted from the labels
+    min_share: float = Field(0.0, ge=0, lt=1)  # classes rarer than this share of labelled training examples are dropped
+
+    @model_validator(mode="after")
+    def _one_question(self) -> WindowLabel:
+        given = [name for name in ("sql", "attribute", "next") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a label needs exactly one of sql, attribute, next (got {', '.join(given) or 'none'})")
+        if self.sql is not None and self.window is None:
+            raise ValueError("a label with sql needs a window, for example window: 28d")
+        if self.window == ALL_TIME:
+            raise ValueError("a label window must end: give a length such as 28d, not all")
+        return self
+
+
+class Eligible(Config):
+    """Who is asked: users for whom `sql` holds over the `window` before the cut."""
+
+    window: Duration = ALL_TIME
+    events: list[str] | None = None
+    sql: str = "count(*) > 0"
+
+
+class FeatureConfig(Config):
+    """Inputs computed over windows before the cut: SQL aggregates, bags of field values, or both derived from the schema."""
+
+    windows: list[Duration] = Field(default_factory=lambda: [7 * 86400, 28 * 86400, 84 * 86400, ALL_TIME], min_length=1)
+    sql: dict[str, str] = Field(default_factory=dict)  # name -> aggregate
+    bag: list[str] = Field(default_factory=list)  # fields whose values are counted
+    auto: bool = False  # derive aggregates (and bags) from the event fields
+    events: list[str] | None = None
+    max_bag: int = Field(512, ge=1)  # most frequent values kept per user and bag
+
+
+class DataConfig(Config):
+    """From a log to a store."""
+
+    source: Annotated[Any, Seat("supermoe.data.sources")]
+    splits: Annotated[Any, Seat("supermoe.data.splits")]
+    store: Path | None = None  # folder; default: <run>/store
+    fields: dict[str, FieldConfig | None] = Field(default_factory=dict)  # column -> how to read it; empty: infer all columns
+    memory_limit: str = "2GB"  # of DuckDB while preparing
+    threads: int | None = Field(None, ge=1)
+
+    @field_validator("fields", mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: {"kind": v} if isinstance(v, str) else v for k, v in value.items()}
+        return value
+
+
+class MoEConfig(Config):
+    """The mixture-of-experts feed-forward of the blocks after `model.dense_layers`."""
+
+    experts: int = Field(8, ge=1)
+    top_k: int = Field(2, ge=1)
+    hidden: int | None = Field(None, ge=1)  # of one expert; default: 4 * dim / top_k, the active FLOPs of the dense block
+    shared_hidden: int = Field(0, ge=0)  # width of an always-on shared expert; 0: none
+    router: Annotated[Any, Seat("supermoe.model.routers")] = "softmax"
+    capacity_factor: float | None = Field(None, gt=0)  # None: dropless
+
+    @model_validator(mode="after")
+    def _check(self) -> MoEConfig:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k ({self.top_k}) cannot exceed experts ({self.experts})")
+        return self
+
+
+class ModelConfig(Config):
+    """The encoder: event embedding, causal history pass, indicator pass, read-out."""
+
+    dim: int = Field(64, ge=8)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1)
+    max_events: int = Field(256, ge=1)  # the most recent events read by attention; features and bags see all
+    hidden: int | None = Field(None, ge=1)  # of the dense feed-forward; default: 4 * dim
+    activation: Literal["gelu", "silu", "relu2", "swiglu"] = "gelu"
+    dense_layers: int = Field(1, ge=0)  # blocks with a dense feed-forward before the MoE blocks
+    moe: MoEConfig = Field(default_factory=lambda: MoEConfig())
+    dropout: float = Field(0.1, ge=0, lt=1)
+    feature_dropout: float = Field(0.1, ge=0, lt=1)  # on declared features and bags
+    number_bins: int = Field(16, ge=2)  # knots of the piecewise-linear number encoding
+    readout: Annotated[Any, Seat("supermoe.model.readouts")] = "indicator"
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.dim % self.heads or (self.dim // self.heads) % 4:
+            raise ValueError(f"dim ({self.dim}) must be a multiple of 4 * heads ({self.heads})")
+        return self
+
+
+class LossConfig(Config):
+    """How the tasks' losses become one."""
+
+    balancer: Annotated[Any, Seat("supermoe.objectives.balancers")] = "equal"
+    pretraining: dict[str, Annotated[Any, Seat("supermoe.objectives.pretraining")] | None] = Field(default_factory=dict)
+
+
+class TrainingConfig(Config):
+    """The loop."""
+
+    epochs: int = Field(10, ge=1)
+    max_steps: int | None = Field(None, ge=1)  # ends earlier than `epochs`
+    max_minutes: float | None = Field(None, gt=0)  # wall-clock stop; such a run is not bit-reproducible
+    tokens_per_batch: int = Field(16384, ge=1)  # events of one micro-batch
+    examples_per_batch: int | None = Field(None, ge=1)
+    accumulate: int = Field(1, ge=1)  # micro-batches per optimiser step
+    optimizer: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    table_optimizer: Literal["adamw", "rowwise_adagrad"] = "adamw"  # of the embedding tables
+    table_lr: float | None = Field(None, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    schedule: Literal["cosine", "constant_then_decay"] = "cosine"
+    warmup_share: float = Field(0.05, ge=0, le=1)
+    decay_share: float = Field(0.2, ge=0, le=1)  # of constant_then_decay
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema: float | None = Field(None, gt=0, lt=1)  # decay per step of the averaged weights that are evaluated and exported
+    evaluate_every: int | None = Field(None, ge=1)  # steps; default: every epoch
+    patience: int | None = Field(None, ge=1)  # evaluations without improvement before stopping
+    checkpoint_every: int = Field(200, ge=1)  # steps
+    keep_checkpoints: int = Field(2, ge=1)
+    tensorboard: bool = False
+    threads: int | None = Field(None, ge=1)
+
+
+class ReportConfig(Config):
+    """What the run's report compares with and draws."""
+
+    boosting: bool = False  # train the gradient-boosted baseline on the same features (extra `report`)
+    plots: bool = True
+
+
+class ExportConfig(Config):
+    """The table of embeddings that ends a run."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    rows_per_part: int = Field(100_000, ge=1)
+
+
+class RunConfig(Config):
+    """The whole YAML file."""
+
+    run: Path  # folder of this run's outputs
+    seed: int = Field(0, ge=0)
+    data: DataConfig
+    features: dict[str, FeatureConfig | None] = Field(default_factory=lambda: {"auto": FeatureConfig(auto=True)})
+    tasks: dict[str, Annotated[Any, Seat("supermoe.objectives.tasks")] | None]
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
+
+    @field_validator("tasks", "features", mode="after")
+    @classmethod
+    def _drop_null(cls, value: dict) -> dict:
+        return {name: item for name, item in value.items() if item is not None}
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if not self.tasks:
+            raise ValueError("at least one task is needed under `tasks`")
+        for name in [*self.tasks, *self.features]:
+            if not name.replace("_", "").isalnum():
+                raise ValueError(f"'{name}': names of tasks and features may hold letters, digits and _ only")
+        return self
+
+    @property
+    def store(self) -> Path:
+        """Folder of the prepared data."""
+        return self.data.store or self.run / "store"
+
+
+def load_run(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read, merge and validate a run's YAML; see `supermoe.typed_yaml.load`."""
+    return load(RunConfig, path, overrides)
