@@ -119,7 +119,9 @@ class ModelConfig(Config):
     dense_layers: int = Field(1, ge=0)  # blocks with a dense feed-forward before the MoE blocks
     moe: MoEConfig = Field(default_factory=lambda: MoEConfig())
     dropout: float = Field(0.1, ge=0, lt=1)
-    feature_dropout: float = Field(0.1, ge=0, lt=1)  # on declared features and bags
+    feature_dropout: float = Field(0.1, ge=0, lt=1)  # in the network of declared features and bags
+    feature_layers: int = Field(2, ge=0)  # residual blocks of that network
+    bag_dim: int = Field(64, ge=1)  # width of a bag's table, before it enters the feature network
     number_bins: int = Field(16, ge=2)  # knots of the piecewise-linear number encoding
     readout: Annotated[Any, Seat("supermoe.model.readouts")] = "indicator"
 

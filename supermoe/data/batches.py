@@ -103,7 +103,7 @@ class Batches:
             example_B=_tensor(example),
             features_BP=_tensor(store.features[example], torch.float32),
             bags={name: gather_lists(bag, example) for name, bag in store.bags.items()},
-            labels={name: _labels(label, example) for name, label in store.labels.items()},
+            labels={name: label_rows(label, example) for name, label in store.labels.items()},
         )
 
     def _previous(self, first: np.ndarray, length: np.ndarray, reads: np.ndarray) -> np.ndarray:
@@ -156,7 +156,8 @@ def gather_lists(lists: IdLists, index: np.ndarray) -> Jagged:
     return Jagged(_tensor(offsets), _tensor(lists.ids[rows], torch.int64), weights)
 
 
-def _labels(label: Any, example: np.ndarray) -> Tensor | SetLabels:
+def label_rows(label: Any, example: np.ndarray) -> Tensor | SetLabels:
+    """A label column at the rows `example`, in the form of `Batch.labels`."""
     if isinstance(label, IdLists):
         jagged = gather_lists(label, example)
         return SetLabels(_tensor(label.asked[example]), jagged.offsets, jagged.ids)

@@ -154,10 +154,10 @@ class TimeSplit:
 
 def _span(con: duckdb.DuckDBPyConnection) -> tuple[int, int]:
     """Seconds of the first and the last event."""
-    first, last = con.execute("SELECT epoch(min(time)), epoch(max(time)) FROM log").fetchone() or (None, None)
+    first, last = con.execute("SELECT epoch_us(min(time)) // 1000000, epoch_us(max(time)) // 1000000 FROM log").fetchall()[0]
     if first is None:
         raise UserError("data.splits: the log holds no events, so there is nothing to cut; check data.source.")
-    return int(first // 1), int(last // 1)
+    return first, last
 
 
 def _text(first: int, last: int) -> str:

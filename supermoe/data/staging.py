@@ -1,43 +1,213 @@
-"""STUB with final signatures: the raw log, checked and sorted by (user, time, file order), as views on one connection."""
+"""The raw log, checked and sorted by (user, time, file order), as views on one DuckDB connection with bounded memory.
+
+The sort is DuckDB's external one, written to Parquet; nothing is ever gathered into lists, which could not spill.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import duckdb
+from tqdm import tqdm
 
 from supermoe.config import DataConfig, FieldConfig
+from supermoe.data.fields import OWN_COLUMNS, check_kind, choose_fields, stored_sql
+from supermoe.data.sql import complaint, quote, text
+from supermoe.data.tables import SourceTables
+from supermoe.typed_yaml import UserError, nearest
 
 
 @dataclass(frozen=True)
 class Staged:
-    """Views on `con` (all lazily read from Parquet, none in memory):
+    """Views on `con`, read from Parquet in the scratch folder when asked for:
 
-    log(user_row BIGINT, position BIGINT, time TIMESTAMP, event VARCHAR, <raw columns>) in (user_row, position) order,
-        with `row` BIGINT = people.first_row + position beside them (the row of the event in the store's columns)
-    people(user_row BIGINT, "user" <own type>, first_row BIGINT, num_events BIGINT, <attributes>) ordered by user_row
+    log(user_row BIGINT, position BIGINT, time TIMESTAMP, event VARCHAR, <raw columns>, row BIGINT), in (user_row, position) order;
+        `row` = first_row of the user + position is the event's row in the store's columns
+    people(user_row BIGINT, "user" <own type>, first_row BIGINT, num_events BIGINT, <attributes>), one row per user, in user_row
+        order, users without events included
     table_<name>(user_row BIGINT, time TIMESTAMP, <columns>)
     """
 
     con: duckdb.DuckDBPyConnection
-    folder: Path  # scratch folder of the store under construction (may hold spill files)
-    fields: dict[str, FieldConfig]  # the event columns that become inputs, `event` included where there are several types
-    column_types: dict[str, str]  # every raw column of `log` (user_row, position, row, time left out) -> DuckDB type
+    fields: dict[str, FieldConfig]  # the columns that become inputs, `event` included where there are several types
+    column_types: dict[str, str]  # the log's columns but user_row, position, time, row -> DuckDB type
     attributes: list[str]  # columns of the users table
-    tables: list[str]  # names N of the views table_N
-    event_types: list[str]  # sorted
+    tables: list[str]  # names of the label tables
+    event_types: dict[str, int]  # type -> number of events
     num_users: int
     num_events: int
-    first_time: int  # seconds UTC of the log's first event
-    last_time: int  # seconds UTC of its last one
+    first_time: int  # seconds UTC of the log's first event, 0 in an empty log
+    last_time: int  # seconds UTC of its last event
+    notes: tuple[str, ...]  # what the user should know
 
 
 def connect(memory_limit: str, threads: int | None, scratch: Path) -> duckdb.DuckDBPyConnection:
-    """A DuckDB connection in UTC with bounded memory that spills into `scratch`."""
-    raise NotImplementedError
+    """A connection in UTC that keeps to `memory_limit` (such as 2GB) and spills into `scratch`."""
+    con = duckdb.connect()
+    con.execute("SET TimeZone = 'UTC'")
+    con.execute("SET python_enable_replacements = false")
+    con.execute(f"SET temp_directory = {text(str(scratch / 'spill'))}")
+    con.execute("SET enable_progress_bar = true")
+    con.execute("SET enable_progress_bar_print = false")
+    try:
+        con.execute(f"SET memory_limit = {text(memory_limit)}")
+    except duckdb.Error as error:
+        raise UserError(f"data.memory_limit: '{memory_limit}' is not a size such as 2GB: {complaint(error)}") from None
+    if threads:
+        con.execute(f"SET threads = {threads}")
+    return con
 
 
-def stage(con: duckdb.DuckDBPyConnection, tables, config: DataConfig, folder: Path) -> Staged:
-    """`tables`: SourceTables."""
-    raise NotImplementedError
+@contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Turn DuckDB's running out of disk or memory into a `UserError`."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(
+            f"{place}: preparing ran out of memory or of disk for spilling ({complaint(error)}). Free space there, point `data.store` "
+            f"at a larger disk, or raise `data.memory_limit`; nothing was kept."
+        ) from None
+    except duckdb.IOException as error:
+        if "space" not in str(error).lower() and "quota" not in str(error).lower():
+            raise
+        raise UserError(f"{place}: the disk is full ({complaint(error)}); free space there or point `data.store` elsewhere.") from None
+
+
+def execute_with_progress(con: duckdb.DuckDBPyConnection, sql: str, title: str) -> None:
+    """Run a long statement under a progress bar."""
+    done = threading.Event()
+
+    def watch() -> None:
+        with tqdm(total=100, desc=title, delay=2, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}") as bar:
+            while not done.wait(0.3):
+                bar.update(max(0.0, con.query_progress() - bar.n))
+            bar.update(100 - bar.n)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        con.execute(sql)
+    finally:
+        done.set()
+        watcher.join()
+
+
+def stage(con: duckdb.DuckDBPyConnection, source: SourceTables, config: DataConfig, scratch: Path) -> Staged:
+    """Sort the events of `source` and number its users; a `UserError` for an unknown field and for an empty log."""
+    event_types = _event_types(con, source.events)
+    if not event_types:
+        raise UserError("data.source: the events hold no rows; check the files and the `where` conditions.")
+    fields, notes = choose_fields(config.fields, _types(con, source.events), len(event_types))
+    if source.num_null_users:
+        notes.append(f"{source.num_null_users} rows without a user were left out (drop_null_users)")
+    return _stage(con, source, fields, event_types, scratch, [*source.notes, *notes])
+
+
+def stage_serving(
+    con: duckdb.DuckDBPyConnection, source: SourceTables, fields: dict[str, FieldConfig], as_of: int, scratch: Path
+) -> Staged:
+    """Like `stage`, with a model's fields and only the events before `as_of` (seconds UTC); there may be none."""
+    types = _types(con, source.events)
+    for name, field in fields.items():
+        if name not in types:
+            raise UserError(f"the events have no column '{name}', which the model reads; {nearest(name, types)}")
+        check_kind(name, types[name], field.kind)
+    past = f"SELECT * FROM {quote(source.events)} WHERE time < make_timestamp({as_of * 1_000_000}::BIGINT)"
+    con.execute(f"CREATE OR REPLACE TEMP VIEW past_events AS {past}")
+    source = replace(source, events="past_events", tables={})
+    return _stage(con, source, fields, _event_types(con, "past_events"), scratch, [])
+
+
+def _stage(
+    con: duckdb.DuckDBPyConnection,
+    source: SourceTables,
+    fields: dict[str, FieldConfig],
+    event_types: dict[str, int],
+    scratch: Path,
+    notes: list[str],
+) -> Staged:
+    try:
+        attributes = _make_people(con, source)
+        _sort(con, source.events, fields, scratch / "log.parquet")
+    except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
+        raise UserError(f"data.source: a file does not hold what its first rows promise: {complaint(error)}") from None
+    for name, view in source.tables.items():
+        columns = ", ".join(f"t.{quote(column)}" for column in _types(con, view) if column != "user")
+        rows = f'SELECT people.user_row, {columns} FROM {quote(view)} AS t JOIN people ON t."user" = people."user"'
+        path = text(str(scratch / f"table_{name}.parquet"))
+        con.execute(f"COPY ({rows} ORDER BY user_row, t.time) TO {path} (FORMAT parquet)")
+        con.execute(f"CREATE OR REPLACE VIEW {quote('table_' + name)} AS SELECT * FROM read_parquet({path})")
+    num_users = _rows(con, "SELECT count(*) FROM people")[0][0]
+    num_events, first, last = _rows(con, "SELECT count(*), epoch_us(min(time)), epoch_us(max(time)) FROM log")[0]
+    return Staged(
+        con=con,
+        fields=fields,
+        column_types={name: kind for name, kind in _types(con, "log").items() if name not in _NUMBERING},
+        attributes=attributes,
+        tables=list(source.tables),
+        event_types=event_types,
+        num_users=num_users,
+        num_events=num_events,
+        first_time=(first or 0) // 1_000_000,
+        last_time=(last or 0) // 1_000_000,
+        notes=tuple(notes),
+    )
+
+
+def _event_types(con: duckdb.DuckDBPyConnection, events: str) -> dict[str, int]:
+    counts = f"SELECT event, count(*) FROM {quote(events)} WHERE event IS NOT NULL GROUP BY event ORDER BY event"
+    return dict(_rows(con, counts))
+
+
+_NUMBERING = ("user_row", "position", "time", "row")
+
+
+def _rows(con: duckdb.DuckDBPyConnection, sql: str) -> list[tuple]:
+    return con.execute(sql).fetchall()
+
+
+def _types(con: duckdb.DuckDBPyConnection, view: str) -> dict[str, str]:
+    return {row[0]: row[1] for row in _rows(con, f"DESCRIBE {quote(view)}")}
+
+
+def _make_people(con: duckdb.DuckDBPyConnection, source: SourceTables) -> list[str]:
+    """Make the table people; returns the names of the attributes."""
+    counts = f'SELECT "user", count(*) AS num_events FROM {source.events} GROUP BY "user"'
+    attributes: list[str] = []
+    if source.users:
+        attributes = [name for name in _types(con, source.users) if name != "user"]
+        counts = (
+            f'SELECT coalesce(e."user", u."user") AS "user", coalesce(num_events, 0) AS num_events, u.* EXCLUDE ("user") '
+            f'FROM ({counts}) AS e FULL JOIN {source.users} AS u ON e."user" = u."user"'
+        )
+    con.execute(
+        f"""
+        CREATE OR REPLACE TABLE people AS
+        SELECT row_number() OVER (ORDER BY "user") - 1 AS user_row, "user",
+               CAST(sum(num_events) OVER (ORDER BY "user" ROWS UNBOUNDED PRECEDING) - num_events AS BIGINT) AS first_row,
+               * EXCLUDE ("user")
+        FROM ({counts}) ORDER BY "user"
+        """
+    )
+    return attributes
+
+
+def _sort(con: duckdb.DuckDBPyConnection, events: str, fields: dict[str, FieldConfig], path: Path) -> None:
+    """Write the log in (user, time, file order) and make the view over it."""
+    types = _types(con, events)
+    if "file_order" not in types:
+        events = f"(SELECT *, row_number() OVER () AS file_order FROM {quote(events)})"
+    columns = [name for name in types if name not in OWN_COLUMNS]
+    read = ", ".join(f"{stored_sql(name, types[name], fields.get(name))} AS {quote(name)}" for name in columns)
+    names = ", ".join(map(quote, columns))
+    people = 'SELECT user_row, first_row, "user" AS _person FROM people'
+    by_user = f'SELECT user_row, first_row, time, {read}, file_order FROM {events} JOIN ({people}) ON "user" = _person'
+    in_order = f"SELECT user_row, first_row, time, {names} FROM ({by_user}) ORDER BY user_row, time, file_order"
+    numbered = f"SELECT user_row, row_number() OVER () - 1 - first_row AS position, time, {names} FROM ({in_order})"
+    execute_with_progress(con, f"COPY ({numbered}) TO {text(str(path))} (FORMAT parquet)", "sort the log")
+    con.execute(f"CREATE OR REPLACE VIEW log AS SELECT *, file_row_number AS row FROM read_parquet({text(str(path))})")

@@ -1,83 +1,201 @@
-"""STUB with final signatures: vocabularies of category fields and quantile knots of numbers, fitted on training time only."""
+"""Vocabularies of category fields and quantile knots of number fields: fitted on training time only, saved, loaded, applied."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from supermoe.config import FieldConfig
+from supermoe.data.sql import quote
+from supermoe.data.schema import FIRST_ID, UNKNOWN
+from supermoe.typed_yaml import UserError
+
+NUM_KNOTS = 65
+SAMPLE_ROWS = 1_000_000  # knots of longer columns come from so many rows
+FEATURES = "features.parquet"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Values of one category field: row i has id i + 2; or hashing into `hash_size` rows where `values` is None.
+    """Ids of one category field: row i of `values` has id i + 2; without values, ids are hashes into `hash_size` rows."""
 
-    `table`: a DuckDB table vocab_<field>(value, id INTEGER) exists on the connection after `register` (not for hashed fields).
-    """
-
-    field: str
-    values: pa.Array | None
-    counts: np.ndarray | None
+    name: str
+    values: pa.Array | None = None
+    counts: np.ndarray | None = None
     hash_size: int | None = None
 
     @property
     def size(self) -> int:
-        """Ids run from 0 to size - 1."""
-        raise NotImplementedError
+        """Ids run from 0 (absent) and 1 (unknown) to size - 1."""
+        return FIRST_ID + (len(self.values) if self.values is not None else self.hash_size or 0)
+
+    def encode_sql(self, column: str, type_name: str) -> str:
+        """What to read from the log for `encode`: the column itself, or its hash, which DuckDB computes."""
+        if self.hash_size is None:
+            return column
+        if type_name.endswith("[]"):
+            return f"list_transform({column}, lambda x: {_hash_sql('x', self.hash_size)})"
+        return _hash_sql(column, self.hash_size)
 
     def encode(self, values: pa.Array) -> np.ndarray:
-        """values -> int32 ids: 0 for null, 1 for unknown."""
-        raise NotImplementedError
+        """Values as read by `encode_sql` -> int32 ids: null 0, not in the vocabulary 1."""
+        if self.hash_size is not None:
+            return pc.fill_null(values, 0).to_numpy(zero_copy_only=False).astype(np.int32)
+        if pa.types.is_null(values.type):
+            return np.zeros(len(values), np.int32)
+        rows = pc.index_in(_cast(values, self.values.type), value_set=self.values)
+        ids = pc.add(pc.fill_null(rows, UNKNOWN - FIRST_ID), FIRST_ID).to_numpy(zero_copy_only=False)
+        return np.where(values.is_null().to_numpy(zero_copy_only=False), 0, ids).astype(np.int32)
 
-    def register(self, con) -> None:
-        """Create the table vocab_<field>(value, id) on `con`."""
-        raise NotImplementedError
+    def register(self, con: duckdb.DuckDBPyConnection) -> None:
+        """Create the table vocab_<name>(value, id INTEGER) that `lookup_sql` joins with."""
+        if self.values is None:
+            return
+        ids = pa.array(np.arange(FIRST_ID, self.size), pa.int32())
+        con.register("vocabulary", pa.table({"value": self.values, "id": ids}))
+        con.execute(f'CREATE OR REPLACE TABLE "vocab_{self.name}" AS SELECT * FROM vocabulary')
+        con.unregister("vocabulary")
 
     def lookup_sql(self, value: str) -> tuple[str, str]:
-        """SQL fragments (join, id) for the value expression: `SELECT {id} FROM t {join}`; null -> 0, unknown -> 1."""
-        raise NotImplementedError
+        """(join, id): SQL fragments for the ids of the value expression, as in `SELECT {id} FROM t {join}`."""
+        if self.hash_size is not None:
+            return "", f"coalesce({_hash_sql(value, self.hash_size)}, 0)"
+        table = f'"vocab_{self.name}"'
+        join = f"LEFT JOIN {table} ON {table}.value = {value}"
+        return join, f"CASE WHEN {value} IS NULL THEN 0 ELSE coalesce({table}.id, {UNKNOWN}) END"
 
 
 @dataclass(frozen=True)
 class Vocabularies:
-    """`categories`: field -> Vocabulary (kinds category and categories); `knots`: number field -> float64 ascending."""
+    """All that is fitted on the events: ids per category field, ascending knots per number field."""
 
-    categories: dict[str, Vocabulary]
-    knots: dict[str, np.ndarray]
+    categories: dict[str, Vocabulary] = field(default_factory=dict)
+    knots: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def register(self, con: duckdb.DuckDBPyConnection) -> None:
+        """Create the lookup tables of all vocabularies."""
+        for vocabulary in self.categories.values():
+            vocabulary.register(con)
 
-def fit(staged: Any, training_sql: str) -> Vocabularies:
-    """Fit on the rows of `log` for which the predicate `training_sql` holds."""
-    raise NotImplementedError
-
-
-def load(folder: Path, fields: dict[str, Any]) -> Vocabularies:
-    """Read what `save` wrote."""
-    raise NotImplementedError
-
-
-def save(vocabularies: Vocabularies, folder: Path) -> None:
-    """Write vocab/<field>.parquet for every field."""
-    raise NotImplementedError
+    def save(self, folder: Path) -> None:
+        """Write <folder>/<field>.parquet: columns value, count; or knot."""
+        for name, vocabulary in self.categories.items():
+            if vocabulary.values is not None:
+                pq.write_table(pa.table({"value": vocabulary.values, "count": vocabulary.counts}), folder / f"{name}.parquet")
+        for name, knots in self.knots.items():
+            pq.write_table(pa.table({"knot": knots}), folder / f"{name}.parquet")
 
 
-def quantile_knots(values: np.ndarray, size: int = 65) -> np.ndarray:
-    """Values -> up to `size` strictly ascending float64 knots (NaN ignored); empty when there is no value."""
-    raise NotImplementedError
+def _hash_sql(value: str, size: int) -> str:
+    """Id by hashing; md5 of the text, so that it is the same in every version and on every machine."""
+    return f"CAST({FIRST_ID} + md5_number_lower(CAST({value} AS VARCHAR)) % {size} AS INTEGER)"
+
+
+def _cast(values: pa.Array, target: pa.DataType) -> pa.Array:
+    """Values in the vocabulary's type; what does not convert becomes null, and so unknown."""
+    if values.type == target:
+        return values
+    try:
+        return pc.cast(values, target)
+    except pa.ArrowInvalid:
+        return pa.array([_convert(value, target) for value in values], target)
+
+
+def _convert(value: pa.Scalar, target: pa.DataType) -> pa.Scalar | None:
+    try:
+        return value.cast(target)
+    except pa.ArrowInvalid:
+        return None
+
+
+# --- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def fit(con: duckdb.DuckDBPyConnection, fields: Mapping[str, FieldConfig], num_events: int, training_sql: str) -> Vocabularies:
+    """Fit all fields on the rows of the view `log` for which `training_sql` holds, with DuckDB's bounded memory."""
+    categories, knots = {}, {}
+    for name, config in fields.items():
+        if config.kind == "number":
+            knots[name] = _fit_knots(con, name, num_events, training_sql)
+        elif config.hash_size is not None:
+            categories[name] = Vocabulary(name, hash_size=config.hash_size)
+        else:
+            categories[name] = _fit_values(con, name, config, training_sql)
+    return Vocabularies(categories, knots)
+
+
+def _fit_values(con: duckdb.DuckDBPyConnection, name: str, config: FieldConfig, training_sql: str) -> Vocabulary:
+    """The most frequent values, by falling count, ties by value."""
+    value = f"unnest({quote(name)})" if config.kind == "categories" else quote(name)
+    table = con.sql(
+        f"SELECT value, count(*) AS count FROM (SELECT {value} AS value FROM log WHERE {training_sql}) WHERE value IS NOT NULL "
+        f"GROUP BY value HAVING count(*) >= {config.min_count} ORDER BY count DESC, value LIMIT {config.max_size}"
+    ).to_arrow_table()
+    values = table["value"].combine_chunks()
+    return Vocabulary(name, values, table["count"].to_numpy())
+
+
+def _fit_knots(con: duckdb.DuckDBPyConnection, name: str, num_events: int, training_sql: str) -> np.ndarray:
+    """Knots from at most about `SAMPLE_ROWS` rows, chosen by a fixed scrambling of the row number."""
+    share = min(1.0, SAMPLE_ROWS / max(num_events, 1))
+    sample = f" AND (row * 2654435761) % 4294967296 < {int(share * 4294967296)}"
+    column = con.sql(f"SELECT CAST({quote(name)} AS DOUBLE) AS value FROM log WHERE ({training_sql}){sample}").to_arrow_table()
+    return quantile_knots(column["value"].to_numpy())
+
+
+def quantile_knots(values: np.ndarray, size: int = NUM_KNOTS) -> np.ndarray:
+    """Values (NaN: missing) -> at most `size` strictly ascending float64 knots at their quantiles; empty without values."""
+    present = values[~np.isnan(values)]
+    if len(present) == 0:
+        return np.zeros(0)
+    return np.unique(np.quantile(present, np.linspace(0, 1, size)))
 
 
 def normalise(values: np.ndarray, knots: np.ndarray) -> np.ndarray:
-    """Values -> float32 in [0, 1], piecewise linear between the knots, clipped outside; NaN stays NaN."""
-    raise NotImplementedError
+    """Values -> float32 in [0, 1]: piecewise linear between the knots, clipped outside; NaN stays, as all do without knots."""
+    if len(knots) == 0:
+        return np.full(len(values), np.nan, np.float32)
+    return np.interp(values, knots, np.linspace(0, 1, len(knots))).astype(np.float32)
 
 
-def save_feature_knots(knots: dict[str, np.ndarray], folder: Path) -> None:
-    """Write <folder>/features.parquet (columns feature, knots), in feature order."""
-    raise NotImplementedError
+# --- reading what was fitted ------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, fields: Mapping[str, FieldConfig]) -> Vocabularies:
+    """Read what `Vocabularies.save` wrote for the given fields; a missing or damaged file is a `UserError`."""
+    categories, knots = {}, {}
+    for name, config in fields.items():
+        if config.kind == "number":
+            knots[name] = _read(folder / f"{name}.parquet")["knot"].to_numpy()
+        elif config.hash_size is not None:
+            categories[name] = Vocabulary(name, hash_size=config.hash_size)
+        else:
+            table = _read(folder / f"{name}.parquet")
+            categories[name] = Vocabulary(name, table["value"].combine_chunks(), table["count"].to_numpy())
+    return Vocabularies(categories, knots)
+
+
+def save_feature_knots(folder: Path, knots: Mapping[str, np.ndarray]) -> None:
+    """Write <folder>/features.parquet: columns feature, knots; in the order of the store's feature columns."""
+    lists = pa.array(list(knots.values()), pa.list_(pa.float64()))
+    pq.write_table(pa.table({"feature": pa.array(list(knots), pa.string()), "knots": lists}), folder / FEATURES)
 
 
 def load_feature_knots(folder: Path) -> dict[str, np.ndarray]:
     """Read what `save_feature_knots` wrote."""
-    raise NotImplementedError
+    table = _read(folder / FEATURES)
+    return {name: np.asarray(knots) for name, knots in zip(table["feature"].to_pylist(), table["knots"].to_pylist(), strict=True)}
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: cannot be read as a vocabulary ({error}); prepare the store or export the model again.") from None

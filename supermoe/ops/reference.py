@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: what correct means. Written to be read, and run as the fallback; faster versions are tested against it."""
+"""Every op in plain PyTorch: what correct means. Faster implementations are tested against it and fall back to it."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def linear_cross_entropy_sets(
     log_p_NV = _logits(x_ND, weight_VD, bias_V, precision).log_softmax(dim=-1)
     sizes_N = offsets_N.diff()
     row = torch.repeat_interleave(torch.arange(len(sizes_N), device=ids.device), sizes_N)
-    share = sizes_N.clamp(min=1).reciprocal().to(log_p_NV.dtype)[row]
+    share = sizes_N.to(log_p_NV.dtype).reciprocal()[row]
     return -log_p_NV.new_zeros(len(sizes_N)).index_add(0, row, log_p_NV[row, ids] * share)
 
 

@@ -1,4 +1,4 @@
-"""What every published folder shares: files that appear whole or not at all, and a manifest.json that says what is there."""
+"""What every published folder shares: files that appear whole or not at all, and a manifest.json of what is there."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def publishing(path: Path) -> Iterator[Path]:
         _swap(beside, path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; free space or choose another folder, then run again") from error
+        raise UserError(
+            f"cannot write {path}: {reason}; free space or choose another folder, then run again"
+        ) from error
     finally:
         _remove(beside)
 

@@ -6,6 +6,8 @@ without anybody's data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,20 +15,19 @@ from supermoe.data.batch import Batch, Jagged
 from supermoe.data.schema import Schema
 from supermoe.model.supermoe import SuperMoE
 
-START = 1_577_836_800  # seconds, 2020-01-01
+LENGTHS = (12, 5, 1, 0)
+START, EVENT_GAP = 1_577_836_800, 40_000  # seconds: 2020-01-01, and not a divisor of a day
 # fp32 sums taken in another order differ by some 1e-6 of the norm; another model or a broken op by some 1e-1.
 TOLERANCE = 1e-3
 
 
-def probe_batch(schema: Schema, max_events: int) -> Batch:
-    """Five examples over four reads: a long one (seen whole and in part), two short ones and an empty one."""
-    lengths = torch.tensor([min(n, max_events) for n in (12, 5, 1, 0)])
-    offsets_S = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    num_events, position = int(offsets_S[-1]), torch.arange(int(offsets_S[-1]))
-    time_N = START + 40_000 * position
-    visible_B = torch.cat([lengths[:1] // 2, lengths])
-    read_B = torch.tensor([0, 0, 1, 2, 3])
-    last_B = START + 40_000 * (offsets_S[read_B] + visible_B)
+def probe_batch(schema: Schema, lengths: Sequence[int]) -> Batch:
+    """One example for each read, which sees all of it; `lengths` are the reads' numbers of events, longest first."""
+    visible_B = torch.tensor(lengths)
+    offsets_S = torch.cat([torch.zeros(1, dtype=torch.int64), visible_B.cumsum(0)])
+    num_events, num_examples = int(offsets_S[-1]), len(lengths)
+    position = torch.arange(num_events)
+    time_N = START + EVENT_GAP * position
     fields, lists = {}, {}
     for salt, (name, field) in enumerate(schema.fields.items()):
         if field.kind == "number":
@@ -37,16 +38,16 @@ def probe_batch(schema: Schema, max_events: int) -> Batch:
             lists[name] = _lists(num_events, field.size)
     return Batch(
         offsets_S=offsets_S,
-        previous_S=torch.where(lengths > 0, START + 40_000 * offsets_S[:-1], 0),
+        previous_S=torch.where(visible_B > 0, START + EVENT_GAP * offsets_S[:-1], 0),
         time_N=time_N,
         fields=fields,
         lists=lists,
-        read_B=read_B,
+        read_B=torch.arange(num_examples),
         visible_B=visible_B,
-        cut_B=last_B + 86_400,
-        example_B=torch.arange(5),
-        features_BP=_numbers(5 * len(schema.features), 0).reshape(5, -1),
-        bags={name: _lists(5, bag.size) for name, bag in schema.bags.items()},
+        cut_B=START + EVENT_GAP * (offsets_S[1:] + 2),
+        example_B=torch.arange(num_examples),
+        features_BP=_numbers(num_examples * len(schema.features), 0).reshape(num_examples, -1),
+        bags={name: _lists(num_examples, bag.size) for name, bag in schema.bags.items()},
     )
 
 
@@ -66,9 +67,9 @@ def _lists(count: int, size: int) -> Jagged:
 
 @torch.inference_mode()
 def probe_embeddings(model: SuperMoE, schema: Schema, max_events: int) -> Tensor:
-    """The `user` vectors of the probe examples -> [5, D] fp32."""
+    """The `user` vectors of histories of `LENGTHS` events -> fp32 [4, D]."""
     model.eval()
-    return model(probe_batch(schema, max_events)).user_BD.float()
+    return model(probe_batch(schema, [min(n, max_events) for n in LENGTHS])).user_BD.float()
 
 
 def deviation(found_BD: Tensor, expected_BD: Tensor) -> float:

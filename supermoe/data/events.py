@@ -1,0 +1,123 @@
+"""The events of a store: the sorted log streamed from DuckDB, encoded batch by batch, appended to the columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from supermoe.config import FieldConfig
+from supermoe.data.sql import quote
+from supermoe.data.staging import Staged
+from supermoe.data.store import StoreWriter
+from supermoe.data.vocab import Vocabularies, Vocabulary, normalise
+
+BATCH_ROWS = 262_144
+
+
+def write_events(staged: Staged, vocabularies: Vocabularies, writer: StoreWriter) -> int:
+    """Write events/; returns the number of rows that repeat another row of their user and time in every column."""
+    duplicates = _Duplicates()
+    time = writer.column("events/time", np.int64)
+    encoders = [_encoder(name, field, vocabularies, writer) for name, field in staged.fields.items()]
+    for batch in _stream(staged, vocabularies):
+        micros = batch["time"].to_numpy()
+        time.append(micros // 1_000_000)
+        duplicates.add(batch["user_row"].to_numpy(), micros, batch["fingerprint"].to_numpy())
+        for encoder in encoders:
+            encoder.append(batch[encoder.name])
+    for column in (time, *(column for encoder in encoders for column in encoder.columns)):
+        column.close()
+    return duplicates.count
+
+
+def write_users(staged: Staged, writer: StoreWriter) -> None:
+    """Write users.parquet in user_row order: user, offset and length of the history, attributes."""
+    attributes = "".join(f", {quote(name)}" for name in staged.attributes)
+    sql = f'SELECT "user", first_row AS "offset", num_events AS length{attributes} FROM people ORDER BY user_row'
+    reader = staged.con.sql(sql).to_arrow_reader(BATCH_ROWS)
+    with pq.ParquetWriter(writer.folder / "users.parquet", reader.schema) as file:
+        for batch in reader:
+            file.write_batch(batch)
+
+
+def _stream(staged: Staged, vocabularies: Vocabularies) -> Iterator[pa.RecordBatch]:
+    """The log in its order: user_row, time in microseconds, a hash of the whole row, and every field as its encoder reads it."""
+    selected = ["user_row", "epoch_us(time) AS time", f"hash({', '.join(map(quote, staged.column_types))}) AS fingerprint"]
+    for name, field in staged.fields.items():
+        column = f"CAST({quote(name)} AS DOUBLE)"
+        if field.kind != "number":
+            column = vocabularies.categories[name].encode_sql(quote(name), staged.column_types[name])
+        selected.append(f"{column} AS {quote(name)}")
+    reader = staged.con.sql(f"SELECT {', '.join(selected)} FROM log").to_arrow_reader(BATCH_ROWS)
+    with tqdm(total=staged.num_events, desc="encode events", unit="event", unit_scale=True, delay=2) as bar:
+        for batch in reader:
+            yield batch
+            bar.update(len(batch))
+
+
+# --- encoders: one batch of an Arrow column -> the store's files -----------------------------------------------------------
+
+
+class _Ids:
+    def __init__(self, name: str, vocabulary: Vocabulary, writer: StoreWriter):
+        self.name, self.vocabulary = name, vocabulary
+        self.columns = [writer.column(f"events/{name}", np.int32)]
+
+    def append(self, values: pa.Array) -> None:
+        self.columns[0].append(self.vocabulary.encode(values))
+
+
+class _Numbers:
+    def __init__(self, name: str, knots: np.ndarray, writer: StoreWriter):
+        self.name, self.knots = name, knots
+        self.columns = [writer.column(f"events/{name}", np.float32)]
+
+    def append(self, values: pa.Array) -> None:
+        self.columns[0].append(normalise(values.to_numpy(zero_copy_only=False), self.knots))
+
+
+class _IdLists:
+    def __init__(self, name: str, vocabulary: Vocabulary, writer: StoreWriter):
+        self.name, self.vocabulary, self.end = name, vocabulary, 0
+        self.columns = [writer.column(f"events/{name}", np.int32), writer.column(f"events/{name}.offsets", np.int64)]
+        self.columns[1].append(np.zeros(1, np.int64))
+
+    def append(self, values: pa.Array) -> None:
+        lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        self.columns[0].append(self.vocabulary.encode(values.flatten()))
+        self.columns[1].append(self.end + np.cumsum(lengths))
+        self.end += int(lengths.sum())
+
+
+def _encoder(name: str, field: FieldConfig, vocabularies: Vocabularies, writer: StoreWriter) -> _Ids | _Numbers | _IdLists:
+    """The encoder of one field, with its columns opened."""
+    if field.kind == "number":
+        return _Numbers(name, vocabularies.knots[name], writer)
+    kind = _Ids if field.kind == "category" else _IdLists
+    return kind(name, vocabularies.categories[name], writer)
+
+
+class _Duplicates:
+    """Counts rows that repeat another row among those with the same user and time, batch by batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._rest = [np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64)]
+
+    def add(self, user: np.ndarray, time: np.ndarray, marks: np.ndarray) -> None:
+        """Take the next rows; `marks` are hashes of whole rows. The last tie may go on in the next batch and is kept for it."""
+        user, time, marks = (np.concatenate(pair) for pair in zip(self._rest, (user, time, marks), strict=True))
+        first = np.append(True, (user[1:] != user[:-1]) | (time[1:] != time[:-1]))  # of each tie
+        tied = ~first | np.append(~first[1:], False)
+        tie = np.cumsum(first)[tied]
+        order = np.lexsort((marks[tied], tie))
+        tie, sorted_marks = tie[order], marks[tied][order]
+        self.count += int(((tie[1:] == tie[:-1]) & (sorted_marks[1:] == sorted_marks[:-1])).sum())
+        last = int(np.flatnonzero(first)[-1])
+        kept = np.unique(marks[last:])
+        self._rest = [np.full(len(kept), user[last]), np.full(len(kept), time[last]), kept]

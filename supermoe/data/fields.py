@@ -1,0 +1,87 @@
+"""Which columns of the events become inputs, how each is read, and how the sorted log keeps it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from supermoe.config import FieldConfig
+from supermoe.data.sql import FLOATS, INTEGERS, WIDE_INTEGERS, quote
+from supermoe.typed_yaml import UserError, nearest
+
+OWN_COLUMNS = ("user", "time", "file_order")  # of a source's events; all others are the log's own
+EMPTY = '"NULL"'  # type of a frame's column without any value
+
+
+def choose_fields(
+    declared: dict[str, FieldConfig | None], types: dict[str, str], num_event_types: int
+) -> tuple[dict[str, FieldConfig], list[str]]:
+    """The declared fields, or all columns with kinds by their types; `event` joins them where there are several types.
+
+    A column declared as null is not an input. Returns the fields, and notes on columns that were passed over.
+    """
+    columns = {name: kind for name, kind in types.items() if name not in OWN_COLUMNS}
+    for name in declared:
+        if name not in columns:
+            raise UserError(f"data.fields.{name}: the events have no such column, {nearest(name, columns)}")
+    fields = {name: field for name, field in declared.items() if field is not None}
+    notes: list[str] = []
+    if not fields:
+        fields, notes = _infer({name: kind for name, kind in columns.items() if name not in {*declared, "event"}})
+    if num_event_types > 1 and "event" not in declared:
+        fields = {"event": FieldConfig(kind="category"), **fields}
+    for name, field in fields.items():
+        check_kind(name, columns[name], field.kind)
+        if not (name.isascii() and name.replace("_", "").isalnum()) or name in ("features", "time"):
+            raise UserError(
+                f"data.fields.{name}: the name of a field becomes a file's, so it may hold letters, digits and _ only, and not be "
+                f"'features'; rename the column under the source's `columns`, or list the other columns in data.fields."
+            )
+    return fields, notes
+
+
+def check_kind(name: str, type_name: str, kind: str) -> None:
+    """Refuse a kind that the column's type cannot have."""
+    if type_name == EMPTY:
+        return
+    is_list = type_name.endswith("[]")
+    is_number = type_name in (*INTEGERS, *WIDE_INTEGERS, *FLOATS, "BOOLEAN") or type_name.startswith("DECIMAL")
+    if kind == "number" and not is_number:
+        raise UserError(f"data.fields.{name}: the column is {type_name}, not a number; use kind category, or convert it.")
+    if is_list != (kind == "categories"):
+        other = "categories" if is_list else "category"
+        raise UserError(f"data.fields.{name}: the column is {type_name}, so kind {kind} does not fit it; use {other}.")
+
+
+def _infer(columns: dict[str, str]) -> tuple[dict[str, FieldConfig], list[str]]:
+    fields, notes = {}, []
+    for name, type_name in columns.items():
+        kind = _kind_of(type_name)
+        if kind is None:
+            notes.append(f"the column '{name}' ({type_name}) is no input; labels and features may use it in their SQL")
+        else:
+            fields[name] = FieldConfig(kind=kind)
+    return fields, notes
+
+
+def _kind_of(type_name: str) -> Any:
+    if type_name.endswith("[]"):
+        return "categories" if _kind_of(type_name[:-2]) in ("category", "number") else None
+    if type_name in FLOATS or type_name.startswith("DECIMAL"):
+        return "number"
+    if type_name in (*INTEGERS, *WIDE_INTEGERS, "VARCHAR", "BOOLEAN", "UUID") or type_name.startswith("ENUM"):
+        return "category"
+    return None
+
+
+def stored_sql(column: str, type_name: str, field: FieldConfig | None) -> str:
+    """A column as the log keeps it: categories as BIGINT, DOUBLE, BOOLEAN or VARCHAR, which save and compare plainly; rest as is."""
+    name = quote(column)
+    if type_name == EMPTY:
+        return f"CAST({name} AS {'VARCHAR[]' if field and field.kind == 'categories' else 'VARCHAR'})"
+    if field is None or field.kind == "number":
+        return name
+    item, brackets = (type_name[:-2], "[]") if type_name.endswith("[]") else (type_name, "")
+    if item not in ("BIGINT", "DOUBLE", "BOOLEAN", "VARCHAR"):
+        target = "BIGINT" if item in INTEGERS else "DOUBLE" if item in FLOATS else "VARCHAR"
+        name = f"CAST({name} AS {target}{brackets})"
+    return f"list_filter({name}, lambda x: x IS NOT NULL)" if brackets else name

@@ -1,0 +1,125 @@
+"""Files, globs, folders and Python frames -> tables that DuckDB can scan in the file's order, their columns looked at."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from supermoe.data.sql import complaint, quote, text
+from supermoe.typed_yaml import UserError
+
+PARQUET, CSV = (".parquet", ".pq"), (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst")
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A table as it was found. `scan` reads its columns; `ordered` reads file_order BIGINT and file_name beside them."""
+
+    key: str  # of the config, for messages
+    place: str  # path or frame, for messages
+    scan: str
+    ordered: str
+    types: dict[str, str]  # column -> DuckDB type
+
+
+def find_files(path: str, key: str) -> list[str]:
+    """Files of a path, glob or folder, sorted; all Parquet or all CSV."""
+    expanded = str(Path(path).expanduser())
+    if Path(expanded).is_dir():
+        files = [str(file) for file in Path(expanded).rglob("*") if file.is_file() and file.name.endswith(PARQUET + CSV)]
+        missing = f"the folder {path} holds no Parquet or CSV file"
+    else:
+        files = [name for name in glob.glob(expanded, recursive=True) if Path(name).is_file()]
+        missing = f"no file matches {path}" if glob.has_magic(expanded) else f"the file {path} does not exist"
+    if not files:
+        raise UserError(f"{key}: {missing}; relative paths start at the folder the command is run in, {Path.cwd()}.")
+    if len({_is_parquet(name, key) for name in files}) > 1:
+        raise UserError(f"{key}: {path} mixes Parquet and CSV files; give two entries, such as {path}/*.parquet.")
+    for name in files:
+        if Path(name).stat().st_size == 0:
+            raise UserError(f"{key}: the file {name} is empty (0 bytes); write it again or leave it out of the pattern.")
+    return sorted(files)
+
+
+def _is_parquet(name: str, key: str) -> bool:
+    if not name.lower().endswith(PARQUET + CSV):
+        raise UserError(f"{key}: {name} has an unknown ending; expected one of {', '.join(PARQUET + CSV)}.")
+    return name.lower().endswith(PARQUET)
+
+
+def open_files(con: duckdb.DuckDBPyConnection, path: str, key: str, time_column: str | None = None) -> Raw:
+    """Look at the columns of a file set; in CSV the column `time_column` is left as text, for us to read."""
+    files = find_files(path, key)
+    listed = "[" + ", ".join(map(text, files)) + "]"
+    is_parquet = _is_parquet(files[0], key)
+    for name in files:
+        _check_names(_parquet_names(con, name, key) if is_parquet else _csv_names(con, name, key), name, key)
+    if is_parquet:
+        scan, order = f"read_parquet({listed}, union_by_name=true)", "(file_index::BIGINT << 40) + file_row_number"
+    else:
+        scan, order = f"read_csv({listed}, union_by_name=true, header=true)", "row_number() OVER () - 1"
+    types = _types(con, scan, path, key)
+    if not is_parquet and time_column in types:
+        scan = f"{scan[:-1]}, types={{{text(str(time_column))}: 'VARCHAR'}})"
+        types[str(time_column)] = "VARCHAR"
+    return Raw(key, path, scan, f"SELECT *, {order} AS file_order, filename AS file_name FROM {scan}", types)
+
+
+def open_frame(con: duckdb.DuckDBPyConnection, frame: Any, name: str, key: str) -> Raw:
+    """Register a pandas frame, an Arrow table or a DuckDB relation under `name`."""
+    if isinstance(frame, duckdb.DuckDBPyRelation):
+        frame = frame.to_arrow_table()
+    columns = getattr(frame, "column_names", None) or getattr(frame, "columns", None)
+    if columns is None:
+        raise UserError(f"{key}: expected a pandas frame, an Arrow table or a DuckDB relation, got {type(frame).__name__}.")
+    _check_names(map(str, columns), "the frame", key)
+    con.register(name, frame)
+    ordered = f"SELECT *, row_number() OVER () - 1 AS file_order, 'the frame' AS file_name FROM {quote(name)}"
+    return Raw(key, "the frame", quote(name), ordered, _types(con, quote(name), "the frame", key))
+
+
+def _types(con: duckdb.DuckDBPyConnection, scan: str, place: str, key: str) -> dict[str, str]:
+    try:
+        return {row[0]: row[1] for row in con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()}
+    except duckdb.Error as error:
+        raise UserError(f"{key}: cannot read {place}: {complaint(error)}") from None
+
+
+def _parquet_names(con: duckdb.DuckDBPyConnection, name: str, key: str) -> list[str]:
+    """Top-level columns as the file calls them; DuckDB itself would rename duplicates silently."""
+    try:
+        rows = con.execute(f"SELECT name, num_children FROM parquet_schema({text(name)})").fetchall()
+    except duckdb.Error as error:
+        raise UserError(f"{key}: {name} is not a readable Parquet file: {complaint(error)}") from None
+    names, rest = [], iter(rows[1:])
+    for column, num_children in rest:
+        names.append(column)
+        _skip(rest, num_children or 0)
+    return names
+
+
+def _skip(rows: Iterator[tuple[str, int]], count: int) -> None:
+    """Pass over `count` nested columns and all that is inside them."""
+    for _ in range(count):
+        _skip(rows, next(rows)[1] or 0)
+
+
+def _csv_names(con: duckdb.DuckDBPyConnection, name: str, key: str) -> list[str]:
+    try:
+        rows = con.execute(f"SELECT * FROM read_csv({text(name)}, header=false, all_varchar=true) LIMIT 1").fetchall()
+    except duckdb.Error as error:
+        raise UserError(f"{key}: {name} is not a readable CSV file: {complaint(error)}") from None
+    return [str(column) for column in rows[0] if column is not None] if rows else []
+
+
+def _check_names(names: Iterable[str], place: str, key: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name.lower() in seen:
+            raise UserError(f"{key}: {place} has two columns '{name}' (capitals do not count); rename one of them there.")
+        seen.add(name.lower())

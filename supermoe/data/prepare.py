@@ -1,0 +1,130 @@
+"""From a config to a store: attach, sort, fit, encode, ask, audit, publish. Serving walks the same way with fitted vocabularies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from supermoe.config import Eligible, FieldConfig, RunConfig
+from supermoe.data import audit, staging, vocab
+from supermoe.data.events import write_events, write_users
+from supermoe.data.examples import write_examples
+from supermoe.data.schema import FieldSchema, Schema
+from supermoe.data.splits import serving_plan
+from supermoe.data.store import FORMAT_VERSION, Store, StoreWriter
+from supermoe.data.summary import render, summarise
+from supermoe.typed_yaml import UserError, build
+
+
+def prepare(config: RunConfig, source: Any = None) -> Store:
+    """The store that the config describes, made from its source or the one given; an up-to-date one is used again.
+
+    Prints what it found. Everything wrong with the data or the declarations is a `UserError`, and then no store is left behind.
+    """
+    source = source or build("supermoe.data.sources", config.data.source)
+    mark = fingerprint(config, source)
+    store = _reusable(config.store, mark)
+    if store is not None:
+        print(f"{config.store}: up to date, prepared before")
+        return store
+    with StoreWriter(config.store) as writer, staging.disk_errors(config.store):
+        with closing(staging.connect(config.data.memory_limit, config.data.threads, writer.scratch)) as con:
+            staged = staging.stage(con, source.attach(con), config.data, writer.scratch)
+            labels = {name: task.label for name, task in config.tasks.items()}
+            plan = build("supermoe.data.splits", config.data.splits).plan(con, labels)
+            vocabularies = vocab.fit(con, staged.fields, staged.num_events, plan.training_sql)
+            vocabularies.save(writer.folder / "vocab")
+            vocabularies.register(con)
+            num_duplicates = write_events(staged, vocabularies, writer)
+            write_users(staged, writer)
+            examples = write_examples(staged, writer, vocabularies, plan, config.features, config.tasks)
+            vocab.save_feature_knots(writer.folder / "vocab", examples.knots)
+            schema = _schema(staged, vocabularies, list(examples.knots), examples.bags, examples.labels)
+            checked = audit.audit(staged, writer.folder, plan, schema, config.features, config.tasks)
+            summary = summarise(staged, writer, schema, plan, num_duplicates, examples.summary, checked)
+        store = writer.finish(schema, mark, summary)
+    print(render(summary))
+    return store
+
+
+def prepare_serving(
+    source: Any,
+    schema: Schema,
+    vocab_dir: Path,
+    config: Any,
+    as_of: int,
+    out: Path,
+    *,
+    everyone: bool = False,
+    conditions: Mapping[str, Eligible] | None = None,
+) -> Store:
+    """A store with one example per eligible user at `as_of` (seconds UTC), in split `serve` and without labels.
+
+    `schema` and `vocab_dir` are the model's: the same SQL computes the features, and nothing is fitted. Only events before `as_of`
+    are read. With `everyone`, users whom `data.splits.eligible` leaves out, such as those without events, are included.
+    `conditions`: task -> who is asked, answered by the column examples/labels/<task>.asked.
+    """
+    with StoreWriter(out) as writer, staging.disk_errors(out):
+        with closing(staging.connect(config.data.memory_limit, config.data.threads, writer.scratch)) as con:
+            fields = {name: FieldConfig(kind=f.kind, hash_size=f.hash_size) for name, f in schema.fields.items()}
+            staged = staging.stage_serving(con, source.attach(con), fields, as_of, writer.scratch)
+            vocabularies = vocab.load(vocab_dir, fields)
+            vocabularies.register(con)
+            write_events(staged, vocabularies, writer)
+            write_users(staged, writer)
+            eligible = Eligible(sql="true") if everyone else getattr(config.data.splits, "eligible", Eligible())
+            plan = serving_plan(as_of, eligible)
+            knots = vocab.load_feature_knots(vocab_dir)
+            examples = write_examples(staged, writer, vocabularies, plan, config.features, {}, knots, conditions)
+        served = schema.model_copy(update={"labels": {}})
+        return writer.finish(served, "", examples.summary)
+
+
+def _schema(
+    staged: staging.Staged,
+    vocabularies: vocab.Vocabularies,
+    features: list[str],
+    bags: Mapping[str, Any],
+    labels: Mapping[str, Any],
+) -> Schema:
+    fields = {}
+    for name, field in staged.fields.items():
+        size = 0 if field.kind == "number" else vocabularies.categories[name].size
+        fields[name] = FieldSchema(kind=field.kind, size=size, hash_size=field.hash_size)
+    return Schema(
+        fields=fields, features=features, bags=dict(bags), labels=dict(labels), event_types=list(staged.event_types)
+    )
+
+
+def fingerprint(config: RunConfig, source: Any) -> str:
+    """Hash of all that decides what a store holds; empty where the source cannot tell whether it changed."""
+    content = source.fingerprint()
+    if content is None:
+        return ""
+    data = config.data.model_dump(mode="json", exclude={"store", "memory_limit", "threads"})
+    tasks = {}
+    for name, task in config.tasks.items():
+        eligible = task.eligible.model_dump(mode="json") if task.eligible else None
+        tasks[name] = [task.label_kind, task.label.model_dump(mode="json"), eligible]
+    features = {name: feature.model_dump(mode="json") for name, feature in config.features.items()}
+    parts = {"version": FORMAT_VERSION, "data": data, "tasks": tasks, "features": features, "source": content}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _reusable(path: Path, mark: str) -> Store | None:
+    """The store at `path` if it was made from the same parts; says why it is made again otherwise."""
+    if not (path / "fingerprint.json").exists():
+        return None
+    try:
+        store = Store.open(path)
+    except UserError as error:
+        print(f"prepared anew: {error}")
+        return None
+    if mark and store.fingerprint == mark:
+        return store
+    print(f"{path}: prepared anew, as the source or the sections data, features or tasks changed")
+    return None

@@ -1,0 +1,215 @@
+"""One opened table -> one checked SELECT with our column names: `user`, `time` in UTC, the rest under the names given.
+
+Every complaint names the config key, the file, the row and the column, and says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+from pydantic import Field
+
+from supermoe.data.opening import Raw
+from supermoe.data.sql import FLOATS, INTEGERS, WIDE_INTEGERS, complaint, quote
+from supermoe.data.times import EARLIEST, LATEST, TimeReading, has_zone_sql, may_mix_zones, time_sql
+from supermoe.typed_yaml import Config, UserError, nearest
+
+# names that the log's views, the examples and the store use for themselves
+RESERVED = {"user_row", "position", "row", "file_order", "file_name", "cut", "visible", "split"}
+RESERVED |= {"first_row", "num_events", "offset", "length", "gap_days", "age_days", "ahead_days", "_example"}
+
+
+class Columns(Config):
+    """How to read one table: `columns` maps our names to theirs; columns not mentioned keep their names."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+
+
+class TimedColumns(Columns, TimeReading):
+    """How to read one table whose rows carry a user and a time."""
+
+    where: str | None = None  # SQL condition on the table's own columns
+
+
+@dataclass(frozen=True)
+class Readable:
+    """A checked table: a SELECT of its columns under our names and of file_order; `types` of these columns."""
+
+    raw: Raw
+    sql: str
+    types: dict[str, str]
+    num_null_users: int  # rows left out
+
+
+def read(
+    con: duckdb.DuckDBPyConnection,
+    raw: Raw,
+    config: Columns,
+    *,
+    required: tuple[str, ...],
+    drop_null_users: bool = False,
+    constants: Mapping[str, str] | None = None,
+) -> Readable:
+    """Rename, convert and check one table.
+
+    `required` columns: `user`, `time`, or the key of an items table; `constants`: further text columns, name -> SQL. A float that
+    is NaN is missing; an infinite one, a row without a user and a time that cannot be read are refused.
+    """
+    names = _names(raw, config, required)
+    types = {ours: raw.types[theirs] for ours, theirs in names.items()}
+    columns = {ours: _column_sql(theirs, raw.types[theirs]) for ours, theirs in names.items()}
+    if "user" in required:
+        columns["user"], types["user"] = _user_sql(raw, names["user"])
+    if isinstance(config, TimedColumns):
+        place = f"{raw.key}: the time column '{names['time']}' of {raw.place}"
+        columns["time"], types["time"] = time_sql(names["time"], types["time"], config, place), "TIMESTAMP"
+    if "event" in names:
+        columns["event"], types["event"] = f"CAST({columns['event']} AS VARCHAR)", "VARCHAR"
+    where = f"({config.where})" if isinstance(config, TimedColumns) and config.where else "true"
+    num_null_users = _Checks(con, raw, config, names, columns, where).run(drop_null_users)
+    if num_null_users:
+        where += f" AND {columns['user']} IS NOT NULL"
+    columns |= constants or {}
+    types |= dict.fromkeys(constants or {}, "VARCHAR")
+    listed = ", ".join(f"{sql} AS {quote(name)}" for name, sql in columns.items())
+    return Readable(raw, f"SELECT {listed}, file_order FROM ({raw.ordered}) WHERE {where}", types, num_null_users)
+
+
+def _names(raw: Raw, config: Columns, required: tuple[str, ...]) -> dict[str, str]:
+    """Our name -> theirs, for all columns."""
+    names = dict(config.columns)
+    for ours, theirs in names.items():
+        if theirs not in raw.types:
+            raise UserError(f"{raw.key}.columns.{ours}: {raw.place} has no column '{theirs}', {nearest(theirs, raw.types)}")
+    for theirs in raw.types:
+        if theirs in config.columns.values():
+            continue
+        if theirs in names:
+            raise UserError(
+                f"{raw.key}.columns: '{theirs}' stands for the column '{names[theirs]}', but {raw.place} has a column "
+                f"'{theirs}' too; give that one another name, such as {theirs}_2: {theirs}."
+            )
+        names[theirs] = theirs
+    for name in required:
+        if name not in names:
+            raise UserError(
+                f"{raw.key}: {raw.place} has no column '{name}'; name it under {raw.key}.columns.{name}, one of: "
+                f"{', '.join(raw.types)}."
+            )
+    for name in names:
+        if name.lower() in RESERVED:
+            raise UserError(f"{raw.key}: '{name}' is a name used inside; rename the column, columns: {{my_{name}: {name}}}.")
+    return names
+
+
+def _column_sql(column: str, type_name: str) -> str:
+    name = quote(column)
+    return f"CASE WHEN isnan({name}) THEN NULL ELSE {name} END" if type_name in FLOATS else name
+
+
+def _user_sql(raw: Raw, column: str) -> tuple[str, str]:
+    """(expression, type) of user ids: BIGINT or VARCHAR."""
+    type_name, name = raw.types[column], _column_sql(column, raw.types[column])
+    if type_name in (*INTEGERS, *FLOATS):  # floats are what pandas makes of whole numbers with gaps
+        return f"TRY_CAST({name} AS BIGINT)", "BIGINT"
+    if type_name in ("VARCHAR", "UUID", *WIDE_INTEGERS, '"NULL"') or type_name.startswith("ENUM"):
+        return f"CAST({name} AS VARCHAR)", "VARCHAR"
+    raise UserError(f"{raw.key}: the user column '{column}' of {raw.place} is {type_name}; ids are whole numbers or text.")
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Check:
+    """Rows for which `condition` holds are wrong."""
+
+    column: str  # theirs
+    condition: str
+    remedy: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class _Checks:
+    """All checks of one table, counted in one scan; the first that finds something complains."""
+
+    con: duckdb.DuckDBPyConnection
+    raw: Raw
+    config: Columns
+    names: dict[str, str]
+    columns: dict[str, str]
+    where: str
+
+    def run(self, drop_null_users: bool) -> int:
+        """Raise a `UserError` about the first bad row; returns the number of rows without a user, if these are dropped."""
+        checks = [check for ours, theirs in self.names.items() for check in self._of_column(ours, theirs)]
+        counts = ", ".join(["count(*)", *(f"count(*) FILTER (WHERE {check.condition})" for check in checks)])
+        found = self._count(f"SELECT {counts} FROM {self.raw.scan} WHERE {self.where}")
+        num_null_users = 0
+        for check, count in zip(checks, found[1:], strict=True):
+            if check.kind == "null" and drop_null_users:
+                num_null_users = count
+            elif check.kind == "zone":
+                self._compare_zones(check.column, check.condition, count)
+            elif count:
+                file, row, value = self._first(check.column, check.condition)
+                more = f" ({count} such rows in all)" if count > 1 else ""
+                place = f"{self.raw.key}: {file}, row {row}, column '{check.column}'"
+                raise UserError(f"{place}: the value {value!r} {check.remedy}{more}.")
+        return num_null_users
+
+    def _of_column(self, ours: str, theirs: str) -> list[_Check]:
+        name, type_name, checks = quote(theirs), self.raw.types[theirs], []
+        if type_name in FLOATS:
+            checks.append(_Check(theirs, f"isinf({name})", "is infinite; write a number, or nothing where it is missing"))
+        if ours == "user":
+            if type_name in FLOATS:
+                fraction = f"{name} <> floor({name})"
+                checks.append(_Check(theirs, fraction, "is no whole number, so no user id; write whole numbers or text"))
+            dropping = "names no user; mend the row, or give drop_null_users: true to leave such rows out"
+            checks.append(_Check(theirs, f"({self.columns['user']}) IS NULL", dropping, "null"))
+        if ours == "time" and isinstance(self.config, TimedColumns):
+            time = self.columns["time"]
+            unread = f"coalesce({time} NOT BETWEEN TIMESTAMP '{EARLIEST}' AND TIMESTAMP '{LATEST}', true)"
+            iso = "is no time between 1700 and 2262; write ISO times such as 2017-11-05T12:00:00, or give the right time_unit"
+            checks.append(_Check(theirs, unread, iso))
+            if may_mix_zones(type_name, self.config):
+                checks.append(_Check(theirs, has_zone_sql(theirs), "", "zone"))
+        return checks
+
+    def _count(self, sql: str) -> tuple[int, ...]:
+        """Run the one scan; what fails is the file's content, the `where` condition, or the name of the zone."""
+        try:
+            return self.con.execute(sql).fetchall()[0]
+        except duckdb.Error as error:
+            where, zone = getattr(self.config, "where", None), getattr(self.config, "time_zone", None)
+            place = f"{self.raw.key}: {self.raw.place} cannot be read"
+            if where and isinstance(error, duckdb.BinderException | duckdb.ParserException | duckdb.CatalogException):
+                place = f"{self.raw.key}.where: the condition '{where}' does not fit {self.raw.place}"
+            elif zone and zone in str(error):
+                place = f"{self.raw.key}.time_zone"
+            raise UserError(f"{place}: {complaint(error)}") from None
+
+    def _compare_zones(self, column: str, zoned: str, num_zoned: int) -> None:
+        """Refuse text times of which some carry a zone and some do not."""
+        plain = f"NOT {zoned}"
+        if num_zoned == 0 or not self._count(f"SELECT count(*) FROM {self.raw.scan} WHERE {self.where} AND {plain}")[0]:
+            return
+        file, row, value = self._first(column, plain)
+        _, other_row, other = self._first(column, zoned)
+        raise UserError(
+            f"{self.raw.key}: {file}, row {row}, column '{column}': the time {value!r} carries no zone, but {other!r} in row "
+            f"{other_row} does; write all times of a table with a zone, or all without one and set time_zone."
+        )
+
+    def _first(self, column: str, condition: str) -> tuple[str, int, Any]:
+        """(file, row counted from 1, value as text) of the first row for which the condition holds."""
+        numbered = "file_order - min(file_order) OVER (PARTITION BY file_name) + 1 AS row_in_file"
+        return self.con.execute(
+            f"SELECT file_name, row_in_file, CAST({quote(column)} AS VARCHAR) FROM (SELECT *, {numbered} FROM ({self.raw.ordered})) "
+            f"WHERE {self.where} AND {condition} ORDER BY file_order LIMIT 1"
+        ).fetchall()[0]

@@ -1,0 +1,25 @@
+"""Names and texts inside SQL, and DuckDB's types and messages."""
+
+from __future__ import annotations
+
+INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")  # that fit into BIGINT
+WIDE_INTEGERS = ("UBIGINT", "HUGEINT", "UHUGEINT")
+FLOATS = ("FLOAT", "DOUBLE")
+
+
+def quote(name: str) -> str:
+    """A column name as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def text(value: str) -> str:
+    """A string as an SQL literal."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def complaint(error: Exception) -> str:
+    """The telling part of a DuckDB message, on one line."""
+    message = str(error)
+    for advice in ("\nPossible solutions", "\nLINE "):
+        message = message.split(advice)[0]
+    return " ".join(message.split())[:400]

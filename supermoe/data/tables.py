@@ -1,0 +1,139 @@
+"""From the opened tables of a source to its views: one table of events with the items joined on, users, label tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import duckdb
+
+from supermoe.data.opening import Raw
+from supermoe.data.reading import Columns, Readable, TimedColumns, read
+from supermoe.data.sql import quote, text
+from supermoe.typed_yaml import UserError
+
+SAME_TYPE = "user ids are whole numbers in one table and text in another; all are read as text"
+
+
+@dataclass(frozen=True)
+class SourceTables:
+    """Names of the views that a source made.
+
+    events("user" BIGINT or VARCHAR, time TIMESTAMP in UTC, event VARCHAR, <columns>, file_order BIGINT breaking ties in time);
+    users("user", <attributes>); tables: name -> view("user", time, <columns>).
+    """
+
+    events: str
+    users: str | None = None
+    tables: dict[str, str] = field(default_factory=dict)
+    num_null_users: int = 0  # rows left out because they name no user
+    notes: tuple[str, ...] = ()  # what the user should know, printed by prepare
+
+
+@dataclass(frozen=True)
+class EventTable:
+    """One opened table of events; `event` is the type of its rows where no column tells it."""
+
+    raw: Raw
+    config: TimedColumns
+    event: str | None
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """The opened table of items, joined onto the events by the column `key`."""
+
+    raw: Raw
+    config: Columns
+    key: str
+
+
+def attach(
+    con: duckdb.DuckDBPyConnection,
+    events: list[EventTable],
+    users: tuple[Raw, Columns] | None,
+    items: ItemTable | None,
+    tables: Mapping[str, tuple[Raw, TimedColumns]],
+    drop_null_users: bool,
+) -> SourceTables:
+    """Check all tables and make the views of `SourceTables`."""
+    timed = {"required": ("user", "time"), "drop_null_users": drop_null_users}
+    logs = [read(con, one.raw, one.config, constants=_event_type(one), **timed) for one in events]
+    people = read(con, *users, required=("user",), drop_null_users=drop_null_users) if users else None
+    others = {name: read(con, raw, config, **timed) for name, (raw, config) in tables.items()}
+    _check_types(logs)
+    everything = [*logs, *others.values(), *([people] if people else [])]
+    as_text = len({one.types["user"] for one in everything}) > 1
+    numbered = [_select(one, as_text, f"({n}::BIGINT << 56) + file_order AS file_order") for n, one in enumerate(logs)]
+    con.execute(f"CREATE OR REPLACE VIEW source_events AS {_with_items(con, ' UNION ALL BY NAME '.join(numbered), logs, items)}")
+    if people is not None:
+        con.execute(f"CREATE OR REPLACE VIEW source_users AS {_select(people, as_text)}")
+        _check_unique(con, people.raw, "source_users", "user")
+    for name, table in others.items():
+        if not name.isidentifier():
+            raise UserError(f"data.source.tables: '{name}' may hold letters, digits and _ only, as label SQL names it.")
+        con.execute(f"CREATE OR REPLACE VIEW source_table_{name} AS {_select(table, as_text)}")
+    return SourceTables(
+        events="source_events",
+        users="source_users" if people else None,
+        tables={name: f"source_table_{name}" for name in others},
+        num_null_users=sum(one.num_null_users for one in everything),
+        notes=(SAME_TYPE,) if as_text else (),
+    )
+
+
+def _event_type(table: EventTable) -> dict[str, str]:
+    """The constant column `event`, where the table has none of its own."""
+    raw, columns = table.raw, table.config.columns
+    if "event" in columns or ("event" in raw.types and "event" not in columns.values()):
+        if table.event is not None:
+            raise UserError(f"{raw.key}.event: {raw.place} has a column `event` as well; give only one of the two.")
+        return {}
+    return {"event": text(table.event or "event")}
+
+
+def _select(table: Readable, as_text: bool, *more: str) -> str:
+    """The table's columns with all user ids as text if asked for, and `more`."""
+    user = 'CAST("user" AS VARCHAR) AS "user"' if as_text else '"user"'
+    return f"SELECT {', '.join([user, *(quote(name) for name in table.types if name != 'user'), *more])} FROM ({table.sql})"
+
+
+def _check_types(tables: list[Readable]) -> None:
+    """Refuse event tables in which one column is text here and something else there."""
+    seen: dict[str, Readable] = {}
+    for table in tables:
+        for name, type_name in table.types.items():
+            other = seen.setdefault(name, table)
+            if name != "user" and (other.types[name] == "VARCHAR") != (type_name == "VARCHAR"):
+                raise UserError(
+                    f"{table.raw.key}: the column '{name}' is {type_name} in {table.raw.place} and {other.types[name]} in "
+                    f"{other.raw.place}; rename one of them under `columns`, or write both with one type."
+                )
+
+
+def _check_unique(con: duckdb.DuckDBPyConnection, raw: Raw, view: str, column: str) -> None:
+    name = quote(column)
+    sql = f"SELECT {name}, count(*) FROM {view} GROUP BY {name} HAVING count(*) > 1 ORDER BY {name} LIMIT 1"
+    for value, count in con.execute(sql).fetchall():
+        raise UserError(f"{raw.key}: {raw.place} has {count} rows for the {column} {value!r}; keep one row for each.")
+
+
+def _with_items(con: duckdb.DuckDBPyConnection, events: str, logs: list[Readable], items: ItemTable | None) -> str:
+    """The events with the columns of their items beside them."""
+    if items is None:
+        return events
+    raw, key = items.raw, items.key
+    table = read(con, raw, items.config, required=(key,))
+    types = {name: kind for log in logs for name, kind in log.types.items()}
+    if key not in types:
+        raise UserError(f"{raw.key}.key: the events have no column '{key}' to join items by, only {', '.join(sorted(types))}.")
+    if (types[key] == "VARCHAR") != (table.types[key] == "VARCHAR"):
+        raise UserError(
+            f"{raw.key}.key: '{key}' is {types[key]} in the events and {table.types[key]} in {raw.place}; write both with one type."
+        )
+    for name in table.types:
+        if name != key and name in types:
+            raise UserError(f"{raw.key}: the events and {raw.place} both have a column '{name}'; rename it under {raw.key}.columns.")
+    con.execute(f"CREATE OR REPLACE VIEW source_items AS SELECT * EXCLUDE (file_order) FROM ({table.sql})")
+    _check_unique(con, raw, "source_items", key)
+    return f"SELECT * FROM ({events}) LEFT JOIN source_items USING ({quote(key)})"

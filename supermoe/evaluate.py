@@ -1,0 +1,43 @@
+"""`python -m supermoe.evaluate RUN [--split test]`: measure a trained run again and rewrite its report and predictions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from supermoe import cli
+from supermoe.config import load_run
+from supermoe.data.store import Store
+from supermoe.studies.baselines import boosting
+from supermoe.training.build import build_run
+from supermoe.training.predictions import write_predictions
+from supermoe.training.report import write_report
+from supermoe.training.trainer import BEST
+from supermoe.typed_yaml import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, evaluate the best weights, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run of supermoe.train")
+    parser.add_argument("--split", choices=["train", "valid", "test"], help="default: test, or valid without a test cut")
+    args = parser.parse_args(argv)
+    if not (args.run / "checkpoints" / BEST).exists():
+        raise UserError(f"{args.run}: there are no trained weights here; give the `run` folder of a finished supermoe.train")
+    config = load_run(args.run / "config.yaml", [f"run={args.run}"])
+    store = Store.open(config.store)
+    run = build_run(config, store)
+    split = args.split or run.measured_split
+    if len(store.rows_of(split)) == 0:
+        raise UserError(f"{config.store} holds no examples of the split {split}; choose another --split")
+    run.trainer.resume()
+    evaluation = run.evaluate(split)
+    baseline = boosting(store, run.tasks, split) if config.report.boosting else {}
+    predictions = write_predictions(args.run / "predictions", store, run.tasks, evaluation)
+    print(write_report(args.run, run.tasks, evaluation, baseline, run.facts(), config.report.plots))
+    print(f"\nreport      {args.run / 'report.md'}\npredictions {predictions}")
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""Hand-made features of an example: declared aggregates and bags of counts, as one vector."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from supermoe import ops
+from supermoe.config import ModelConfig
+from supermoe.data.batch import Batch, Jagged
+from supermoe.data.schema import Schema
+from supermoe.model.named import ByName
+from supermoe.model.packed import read_of_events
+
+TAIL = 1e-3  # shares nearer to 0 and 1 than this are moved here before they are turned into normal deviates
+
+
+def encode_numbers(features_BP: Tensor, bins: int) -> Tensor:
+    """Shares in [0, 1], NaN missing -> [B, P * (bins + 2)]: normal deviate, piecewise-linear bins, is it missing.
+
+    Bin k of a feature is 0 below the bin, 1 above it and linear inside (arXiv 2203.05556), less a half, so that a
+    missing value, all of whose other entries are 0, lies in the middle.
+    """
+    missing_BP = features_BP.isnan()
+    share_BP = features_BP.nan_to_num(0.5)
+    deviate_BP = torch.special.ndtri(share_BP.clamp(TAIL, 1 - TAIL))
+    bin_K = torch.arange(bins, device=features_BP.device)
+    bins_BPK = (share_BP[:, :, None] * bins - bin_K).clamp(0, 1) - 0.5
+    known_BPK = torch.cat([deviate_BP[:, :, None], bins_BPK], dim=2).masked_fill(missing_BP[:, :, None], 0)
+    return torch.cat([known_BPK, missing_BP[:, :, None].to(known_BPK.dtype)], dim=2).flatten(1)
+
+
+class Bag(nn.Module):
+    """A bag of counts as L2-normalised TF-IDF through a table: sum_v w_v E_v / |w|, w_v = log(1 + count_v) idf_v."""
+
+    idf_V: Tensor
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.table_VD = nn.Parameter(torch.randn(size, dim))
+        self.table_VD.is_table = True  # type: ignore[attr-defined]
+        self.register_buffer("idf_V", torch.ones(size))
+
+    def forward(self, counts: Jagged) -> Tensor:
+        """Ids with counts as weights, one list per example -> f_BD; an empty bag gives zero."""
+        assert counts.weights is not None, "bags are counted"
+        example_R = read_of_events(counts.offsets, len(counts.ids))
+        weight_R = torch.log1p(counts.weights) * self.idf_V[counts.ids]
+        square_B = weight_R.new_zeros(len(counts.offsets) - 1).index_add(0, example_R, weight_R.square())
+        weight_R = weight_R / square_B.clamp(min=1e-12).sqrt()[example_R]
+        return F.embedding_bag(
+            counts.ids,
+            self.table_VD,
+            counts.offsets,
+            mode="sum",
+            per_sample_weights=weight_R.to(self.table_VD.dtype),
+            include_last_offset=True,
+        )
+
+
+class ResidualBlock(nn.Module):
+    """x + W_out dropout(gelu(W_in norm(x))); starts as the identity."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.w_in = nn.Linear(width, 2 * width)
+        self.w_out = nn.Linear(2 * width, width)
+        nn.init.zeros_(self.w_out.weight)
+        self.dropout = dropout
+
+    def forward(self, x_BF: Tensor) -> Tensor:
+        """x_BF -> x_BF."""
+        hidden = F.gelu(self.w_in(self.norm(x_BF)))
+        return x_BF + self.w_out(ops.dropout(hidden, self.dropout, self.training))
+
+
+class FeatureEncoder(nn.Module):
+    """Encoded aggregates and bags, laid side by side, through a residual network -> f_BD."""
+
+    def __init__(self, schema: Schema, config: ModelConfig):
+        super().__init__()
+        self.dim, self.bag_dim, self.bins = config.dim, config.bag_dim, config.number_bins
+        self.dropout = config.feature_dropout
+        self.bags = ByName({name: Bag(bag.size, config.bag_dim) for name, bag in schema.bags.items()})
+        num_inputs = len(schema.features) * (self.bins + 2) + len(schema.bags) * self.bag_dim
+        self.network = self._network(num_inputs, 4 * config.dim, config.feature_layers) if num_inputs else None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Features and bags of a batch's examples -> f_BD; zero where none are declared."""
+        if self.network is None:
+            return torch.zeros(batch.num_examples, self.dim, device=batch.read_B.device)
+        numbers = encode_numbers(batch.features_BP.to(next(self.network.parameters()).dtype), self.bins)
+        inputs = torch.cat([numbers, *(bag(batch.bags[name]) for name, bag in self.bags.items())], dim=1)
+        return self.network(ops.dropout(inputs, self.dropout, self.training))
+
+    @torch.no_grad()
+    def init_bag(self, name: str, matrix_VD: Tensor, idf_V: Tensor) -> None:
+        """Start the bag `name` from the right singular vectors of its TF-IDF matrix, and weigh ids by `idf_V`."""
+        bag = self.bags[name]
+        bag.idf_V.copy_(idf_V)
+        bag.table_VD.copy_(matrix_VD)
+
+    def _network(self, num_inputs: int, width: int, num_blocks: int) -> nn.Sequential:
+        blocks = [ResidualBlock(width, self.dropout) for _ in range(num_blocks)]
+        norm = nn.LayerNorm(width, bias=False)
+        return nn.Sequential(nn.Linear(num_inputs, width), *blocks, norm, nn.Linear(width, self.dim))

@@ -1,0 +1,128 @@
+"""Heads: from what a task reads to its logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from supermoe import ops
+from supermoe.data.batch import Batch
+from supermoe.model.packed import read_of_events
+
+PRIOR_COUNTS = 60.0  # counts that a field head's prior is worth beside a user's own
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a task or a pre-training objective needs.
+
+    `linear`: `size` logits; with `field` the classes are that event field's ids, and counts of them are copied.
+    `field`: one logit per id of the field, from its embeddings. `reads`: an example's read-out or an event's output.
+    """
+
+    kind: Literal["linear", "field"]
+    size: int = 0
+    field: str | None = None
+    reads: Literal["example", "event"] = "example"
+
+
+class CopyTerm(nn.Module):
+    """What a user did before, scored by its counts, window by window.
+
+    logit_v = sum over the field's bags w of (a_w + b_w(x) + c_wv) log(1 + rate_v count_v): from the ids in the bags
+    alone. The a_w start at `start` in all, the rest at zero, and the rates, which are not learnt, at one.
+    """
+
+    rate_V: Tensor
+
+    def __init__(self, width: int, size: int, bags: list[str], start: float):
+        super().__init__()
+        self.bags = bags
+        self.register_buffer("rate_V", torch.ones(size))
+        self.window = nn.Linear(width, len(bags))
+        self.class_VW = nn.Parameter(torch.zeros(size, len(bags)))
+        nn.init.zeros_(self.window.weight)
+        nn.init.constant_(self.window.bias, start / len(bags))
+
+    def forward(self, x_BX: Tensor, batch: Batch) -> Tensor:
+        """Read-outs and the bags of the same examples -> logits_BV."""
+        size, weight_BW = len(self.class_VW), self.window(x_BX)
+        cells, values = [], []
+        for w, name in enumerate(self.bags):
+            bag = batch.bags[name]
+            assert bag.weights is not None, "bags are counted"
+            example_R = read_of_events(bag.offsets, len(bag.ids))
+            cells.append(example_R * size + bag.ids)
+            weight_R = weight_BW[:, w][example_R] + self.class_VW[:, w][bag.ids]
+            values.append(weight_R * torch.log1p(bag.weights * self.rate_V[bag.ids]).to(weight_R.dtype))
+        flat = torch.zeros(len(x_BX) * size, dtype=values[0].dtype, device=x_BX.device)
+        return flat.index_add(0, torch.cat(cells), torch.cat(values)).view(len(x_BX), size)
+
+
+class LinearHead(nn.Module):
+    """logits = W dropout(norm(x)) + b, and copied counts where the classes are ids of a field with `bags`.
+
+    W starts at zero: a head that is given the prior's bias starts as the prior.
+    """
+
+    def __init__(self, width: int, size: int, bags: list[str], dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.weight = nn.Parameter(torch.zeros(size, width))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.copy = CopyTerm(width, size, bags, start=0.0) if bags else None
+        self.dropout = dropout
+
+    def logits(self, x_BX: Tensor, batch: Batch) -> Tensor:
+        """Read-outs x_BX of the batch's examples -> logits_BC."""
+        x_BX = ops.dropout(self.norm(x_BX), self.dropout, self.training)
+        logits_BC = F.linear(x_BX, self.weight, self.bias)
+        return logits_BC if self.copy is None else logits_BC + self.copy(x_BX, batch)
+
+
+class FieldHead(nn.Module):
+    """logits_V = query(x) E^T + b + copied counts, with E the event embedding's own table of the field.
+
+    Of events there is no copy term: bags are counted at an example's cut.
+    """
+
+    def __init__(self, width: int, table: nn.Embedding, bags: list[str], dropout: float):
+        super().__init__()
+        self._tied = (table,)  # in a tuple, so that the table stays the event embedding's parameter alone
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, table.embedding_dim, bias=False)
+        self.bias = nn.Parameter(torch.zeros(table.num_embeddings))
+        self.copy = CopyTerm(width, table.num_embeddings, bags, start=1.0) if bags else None
+        self.dropout = dropout
+
+    @torch.no_grad()
+    def start_at(self, prior_V: Tensor) -> None:
+        """Start at the shares `prior_V` (> 0) of the ids, and weigh a user's own counts against them.
+
+        log p_v + log(1 + count_v / (m p_v)) = log(p_v + count_v / m): with one bag the head starts as the mean of a
+        Dirichlet posterior whose prior is worth m = `PRIOR_COUNTS`.
+        """
+        self.bias.copy_(prior_V.log())
+        if self.copy is not None:
+            self.copy.rate_V.copy_(1 / (PRIOR_COUNTS * prior_V))
+
+    def query(self, x: Tensor) -> Tensor:
+        """What is looked for in the table: [., X] -> [., D]."""
+        return self.project(self._regularised(x))
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """weight_VD and bias_V over the whole vocabulary, padding and unknown included."""
+        return self._tied[0].weight, self.bias
+
+    def logits(self, x_BX: Tensor, batch: Batch) -> Tensor:
+        """Read-outs x_BX of the batch's examples -> logits_BV."""
+        x_BX = self._regularised(x_BX)
+        logits_BV = F.linear(self.project(x_BX), *self.table())
+        return logits_BV if self.copy is None else logits_BV + self.copy(x_BX, batch)
+
+    def _regularised(self, x: Tensor) -> Tensor:
+        return ops.dropout(self.norm(x), self.dropout, self.training)

@@ -1,0 +1,94 @@
+"""The model: history in, one vector per user and one read-out per task out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from supermoe.config import ModelConfig
+from supermoe.data.batch import Batch
+from supermoe.data.schema import Schema
+from supermoe.model.embedding import EventEmbedding
+from supermoe.model.encoder import Encoder, History, LayerRouting
+from supermoe.model.heads import FieldHead, HeadSpec, LinearHead
+from supermoe.model.indicators import USER, Indicators
+from supermoe.model.moe import Experts, MoE
+from supermoe.model.named import ByName
+from supermoe.typed_yaml import UserError, build
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives: rows of events, of users at their cuts, and of tasks."""
+
+    event_ND: Tensor
+    user_BD: Tensor
+    task_BX: dict[str, Tensor]
+    routings: list[LayerRouting]  # of every MoE layer, for the history and for the indicators
+    questions: list[str]  # the order of the indicators, `user` first
+
+
+class SuperMoE(nn.Module):
+    """Event embedding, encoder with indicators, read-out, and a head per task or pre-training objective (by its name).
+
+    Heads that read examples are tasks: each asks a question of its own where the read-out wants it.
+    """
+
+    def __init__(self, schema: Schema, config: ModelConfig, heads: dict[str, HeadSpec]):
+        super().__init__()
+        self.config = config
+        tasks = [name for name, spec in heads.items() if spec.reads == "example"]
+        self.embedding = EventEmbedding(schema, config)
+        self.encoder = Encoder(config)
+        self.readout = build("supermoe.model.readouts", config.readout, dim=config.dim, tasks=tasks)
+        if USER in self.readout.questions:
+            raise UserError(f"tasks.{USER}: this name belongs to the user's own indicator; give the task another one.")
+        self.indicators = Indicators(schema, config, [USER, *self.readout.questions])
+        self.heads = ByName({name: self._head(spec, schema) for name, spec in heads.items()})
+
+    def forward(self, batch: Batch) -> Output:
+        """Read the histories and ask every question about every example."""
+        return self.ask(self.extend(batch), batch)
+
+    def extend(self, batch: Batch, past: History | None = None) -> History:
+        """Read a batch's events, behind the `past` of the same reads where there is one.
+
+        `extend(new, extend(old))` remembers what `extend(old and new)` does, and encodes only the new events.
+        """
+        return self.encoder.extend(self.embedding(batch), batch.time_N, batch.offsets_S, past)
+
+    def ask(self, history: History, batch: Batch) -> Output:
+        """Ask every question about the batch's examples, of which `visible_B` counts the events known to `history`."""
+        end_B = history.offsets_S[batch.read_B] + batch.visible_B
+        last_B = torch.cat([history.time_J.new_zeros(1), history.time_J])[end_B]
+        x_QBD = self.indicators(batch, last_B, batch.visible_B > 0)
+        num_questions = len(x_QBD)
+        where = [per_B.repeat(num_questions) for per_B in (batch.read_B, batch.visible_B, batch.cut_B)]
+        answer_MD, routings = self.encoder.ask(history, x_QBD.flatten(0, 1), *where)
+        user_BD, *own = answer_MD.view_as(x_QBD).unbind(0)
+        task_BX = self.readout(user_BD, dict(zip(self.readout.questions, own, strict=True)))
+        return Output(history.event_ND, user_BD, task_BX, history.routings + routings, list(self.indicators.questions))
+
+    def num_parameters(self, active: bool = False) -> int:
+        """Number of weights; `active`: those that one token passes, `top_k` of the experts and no vocabulary tables."""
+        total = sum(p.numel() for p in self.parameters())
+        if not active:
+            return total
+        tables = sum(p.numel() for p in self.parameters() if getattr(p, "is_table", False))
+        experts = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
+        used = experts * self.config.moe.top_k // self.config.moe.experts
+        return total - tables - experts + used
+
+    def routers(self) -> list[nn.Module]:
+        """Routers of the MoE layers, in order of the layers: `update` them once per optimiser step."""
+        return [module.router for module in self.modules() if isinstance(module, MoE)]
+
+    def _head(self, spec: HeadSpec, schema: Schema) -> nn.Module:
+        width = self.readout.width if spec.reads == "example" else self.config.dim
+        bags = [name for name, bag in schema.bags.items() if bag.field == spec.field and spec.reads == "example"]
+        if spec.kind == "linear":
+            return LinearHead(width, spec.size, bags, self.config.dropout)
+        assert spec.field is not None, "a head of kind 'field' names its field"
+        return FieldHead(width, self.embedding.tables[spec.field], bags, self.config.dropout)

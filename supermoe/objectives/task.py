@@ -1,0 +1,177 @@
+"""What every task can do: size its head, know its prior, and turn outputs into losses, scores and metrics.
+
+Labels come in one form everywhere, that of `Batch.labels`: float32 [B] (NaN: not asked), int64 [B] (-1: not asked) or `SetLabels`.
+Scores are a dict of arrays with one row per example; what it holds is said by each task.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from supermoe.config import Eligible, WindowLabel
+from supermoe.data.batch import Batch, SetLabels
+from supermoe.data.schema import LabelSchema, Schema
+from supermoe.model.heads import HeadSpec
+from supermoe.typed_yaml import Config, UserError
+
+Labels = Tensor | SetLabels
+Scores = dict[str, NDArray]
+
+MIN_PRIOR_LOSS = 1e-3  # a task whose prior is nearly perfect must not get a boundless scale
+
+
+class TaskConfig(Config):
+    """What all tasks are told."""
+
+    type: str
+    label: WindowLabel
+    eligible: Eligible | None = None  # who is asked, among the examples; default: everyone
+    weight: float = Field(1.0, gt=0)  # in the sum of losses
+
+    label_kind: ClassVar[str]  # number, class or set: what the label column holds
+
+
+class Task:
+    """One question asked of users. Subclasses own `Config`, `main_metric` and the methods that raise here."""
+
+    Config: type[TaskConfig]
+    main_metric: ClassVar[str]  # higher is better, 1 is perfect
+
+    def __init__(self, config: Any, *, name: str, label: LabelSchema, schema: Schema):
+        self.config, self.name, self.label, self.schema = config, name, label, schema
+        self.prior_loss = 1.0
+
+    # --- set-up ---
+
+    def head_spec(self) -> HeadSpec:
+        """What the model must answer with."""
+        raise NotImplementedError
+
+    def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
+        """Learn the best constant answer from the training labels.
+
+        `counts_V`: how often each id of the label's field occurs in training time, for tasks whose classes are a field's ids.
+        """
+        raise NotImplementedError
+
+    def init_head(self, head: Any) -> None:
+        """Start the head at the prior."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, float]:
+        """What decoding a score needs beside the weights; numbers that JSON can hold."""
+        return {}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """The inverse of `state`."""
+
+    # --- training ---
+
+    def count(self, batch: Batch) -> int:
+        """Terms of the loss in this batch; 0 where nothing is asked."""
+        return int(asked(batch.labels[self.name]).sum())
+
+    def loss(self, head: Any, output: Any, batch: Batch) -> tuple[Tensor, int]:
+        """Sum of the losses of the examples that are asked (fp32 scalar with a gradient), and their number."""
+        labels = batch.labels[self.name]
+        asked_B = asked(labels)
+        loss_B = self.losses(self.logits(head, output, batch), labels)
+        return torch.where(asked_B, loss_B, 0.0).sum(), int(asked_B.sum())
+
+    def losses(self, logits_BC: Tensor, labels: Labels) -> Tensor:
+        """Loss of every example -> fp32 [B]; finite where not asked."""
+        raise NotImplementedError
+
+    def logits(self, head: Any, output: Any, batch: Batch) -> Tensor:
+        """The head's answers to all examples, in fp32."""
+        return head.logits(output.task_BX[self.name], batch).float()
+
+    # --- evaluation ---
+
+    def scores(self, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:
+        """What predictions hold, one row per example of the batch, in the label's own units."""
+        return {"score": self.decode(self.logits(head, output, batch))}
+
+    def decode(self, logits_BC: Tensor) -> Tensor:
+        """Logits -> [B] or [B, C] predictions."""
+        raise NotImplementedError
+
+    def prior_scores(self, num_examples: int) -> Scores:
+        """The constant answer, repeated."""
+        raise NotImplementedError
+
+    def metrics(self, scores: Scores, labels: Labels) -> dict[str, float]:
+        """Every metric over the examples that are asked; NaN where it is not defined (`undefined` says why)."""
+        raise NotImplementedError
+
+    def undefined(self, labels: Labels) -> str:
+        """Why the main metric has no value on these labels; empty where it has one."""
+        return "" if bool(asked(labels).any()) else "no example is labelled"
+
+    def _asked_training(self, labels: Labels) -> Tensor:
+        """Mask of the labelled training examples, or an error if there is none."""
+        mask = asked(labels)
+        if not bool(mask.any()):
+            raise UserError(
+                f"tasks.{self.name}: no training example has a label; check its `label` and `eligible`, or remove the task "
+                f"with tasks.{self.name}=null"
+            )
+        return mask
+
+
+def gain(metric: float, prior: float) -> float:
+    """Relative gain over the prior: the share of the way from the prior's metric to a perfect 1 that was covered.
+
+    All main metrics grow towards 1, so that gains of different tasks compare and average. NaN where either metric is.
+    """
+    return (metric - prior) / (1 - prior) if prior < 1 else float("nan")
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def asked(labels: Labels) -> Tensor:
+    """Which examples have a label -> bool [B]."""
+    if isinstance(labels, SetLabels):
+        return labels.asked_B
+    return ~labels.isnan() if labels.is_floating_point() else labels >= 0
+
+
+def set_rows(labels: SetLabels) -> Tensor:
+    """The example of every id of the sets -> int64 [len(ids)]."""
+    sizes = labels.offsets.diff()
+    return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+
+
+def concat_labels(parts: list[Labels]) -> Labels:
+    """Labels of several batches, one after the other."""
+    first = parts[0]
+    if not isinstance(first, SetLabels):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    sets = [part for part in parts if isinstance(part, SetLabels)]
+    sizes = torch.cat([part.offsets.diff() for part in sets])
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    return SetLabels(torch.cat([part.asked_B for part in sets]), offsets, torch.cat([part.ids for part in sets]))
+
+
+def take_labels(labels: Labels, index: Tensor) -> Labels:
+    """The labels of the examples at `index` (int64 [n]), in that order."""
+    if not isinstance(labels, SetLabels):
+        return labels[index]
+    sizes = labels.offsets.diff()[index]
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    inside = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], sizes)
+    rows = torch.repeat_interleave(labels.offsets[:-1][index], sizes) + inside
+    return SetLabels(labels.asked_B[index], offsets, labels.ids[rows])
+
+
+def repeat_row(row: Tensor | NDArray, num_examples: int) -> NDArray:
+    """One answer for every example -> [n, ...]; a view, nothing is copied."""
+    array = np.asarray(row)
+    return np.broadcast_to(array, (num_examples, *array.shape))

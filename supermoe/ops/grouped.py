@@ -1,0 +1,90 @@
+"""Expert feed-forwards as two grouped matrix products over rows sorted by expert."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from supermoe.ops.reference import activate
+
+_ROW_BYTES = 16  # the kernel wants rows to be whole multiples of this
+
+
+def refusal(x_ND: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor) -> str | None:
+    """Why the grouped product cannot take these operands; None if it can."""
+    if not hasattr(F, "grouped_mm"):
+        return "this PyTorch has no torch.nn.functional.grouped_mm"
+    dtypes = [torch.bfloat16] if x_ND.is_cuda else [torch.float32, torch.bfloat16, torch.float16]
+    if x_ND.dtype not in dtypes or x_ND.dtype != w_in_EDF.dtype or x_ND.dtype != w_out_EFD.dtype:
+        return f"grouped_mm on {x_ND.device.type} does not take {x_ND.dtype} rows with {w_in_EDF.dtype} weights"
+    widths = sorted({*w_in_EDF.shape[1:], *w_out_EFD.shape[1:]})
+    step = _ROW_BYTES // x_ND.dtype.itemsize
+    if any(width % step for width in widths):
+        return f"grouped_mm in {x_ND.dtype} needs widths that are multiples of {step}, not {widths}"
+    return None
+
+
+def expert_ffn(
+    x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str
+) -> Tensor:
+    """See `supermoe.ops.expert_ffn`."""
+    num_experts, k = len(w_in_EDF), expert_NK.shape[1]
+    # -1 as the last id: dropped rows sort behind all experts and are cut off. Small integers sort several times faster.
+    expert_R = expert_NK.flatten().where(expert_NK.flatten() >= 0, num_experts)
+    order = expert_R.to(torch.int16).argsort(stable=True)
+    ends_E = torch.bincount(expert_R, minlength=num_experts)[:num_experts].cumsum(0)
+    order = order[: int(ends_E[-1])]
+    hidden_RF = _grouped_mm(_Dispatch.apply(x_ND, order, k), w_in_EDF, ends_E)
+    out_RD = _grouped_mm(activate(hidden_RF, activation), w_out_EFD, ends_E)
+    return _Combine.apply(out_RD, weight_NK, order)
+
+
+def _grouped_mm(rows_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    if len(rows_RD) == 0:  # no product to make, yet every operand gets its (zero) gradient
+        return rows_RD @ weight_EDF.sum(dim=0)
+    return F.grouped_mm(rows_RD, weight_EDF, offs=ends_E.to(torch.int32))
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows of x in expert order; `order` counts (token, choice) pairs."""
+
+    @staticmethod
+    def forward(ctx, x_ND, order, k):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(order)
+        ctx.k, ctx.num_tokens = k, len(x_ND)
+        return x_ND.index_select(0, order // k)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_RD):  # type: ignore[no-untyped-def]
+        (order,) = ctx.saved_tensors
+        return _in_pairs(grad_RD, order, ctx.num_tokens, ctx.k).sum(dim=1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Weighted sum over each token's choices, in the dtype of the rows."""
+
+    @staticmethod
+    def forward(ctx, out_RD, weight_NK, order):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(out_RD, weight_NK, order)
+        out_NKD = _in_pairs(out_RD, order, *weight_NK.shape)
+        return torch.einsum("nkd,nk->nd", out_NKD, weight_NK.to(out_RD.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
+        out_RD, weight_NK, order = ctx.saved_tensors
+        grad_RD = grad_ND.index_select(0, order // weight_NK.shape[1])
+        grad_weight_R = torch.linalg.vecdot(grad_RD, out_RD).to(weight_NK.dtype)
+        grad_weight_NK = torch.zeros_like(weight_NK).view(-1).index_copy_(0, order, grad_weight_R).view_as(weight_NK)
+        return grad_RD * weight_NK.flatten()[order, None].to(grad_RD.dtype), grad_weight_NK, None
+
+
+def _in_pairs(rows_RD: Tensor, order: Tensor, num_tokens: int, k: int) -> Tensor:
+    """Sorted rows back at their (token, choice), zeros where dropped: [N, K, D]."""
+    place = torch.full((num_tokens * k,), len(rows_RD), device=order.device)
+    place[order] = torch.arange(len(order), device=order.device)
+    if len(order) < len(place):
+        rows_RD = F.pad(rows_RD, (0, 0, 0, 1))
+    return rows_RD.index_select(0, place).unflatten(0, (num_tokens, k))

@@ -1,0 +1,82 @@
+"""`python -m supermoe.train --config FILE [a.b=c ...]`: from a log to a trained model, its report, predictions and embeddings.
+
+Prepares the store if it is missing or stale. A run that was stopped continues with the same command.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from supermoe import cli
+from supermoe.config import RunConfig
+from supermoe.data.prepare import prepare
+from supermoe.serving import artifact
+from supermoe.serving.card import CardFacts
+from supermoe.serving.export import export
+from supermoe.serving.population import Request
+from supermoe.studies.baselines import boosting
+from supermoe.training.build import Run, build_run
+from supermoe.training.environment import write_environment
+from supermoe.training.evaluation import Evaluation
+from supermoe.training.predictions import write_predictions
+from supermoe.training.report import write_report
+from supermoe.typed_yaml import build, dump, parse_instant
+
+DAY = 86_400
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and train."""
+    train(cli.read_config(cli.config_parser(__doc__ or "").parse_args(argv)))
+
+
+def train(config: RunConfig, source: Any = None) -> None:
+    """Everything a config asks for, from its own source or from the one given; prints a table and where the outputs lie."""
+    source = source or build("supermoe.data.sources", config.data.source)
+    store = prepare(config, source)
+    run = build_run(config, store)
+    run.trainer.resume()  # first: a run of another config is not touched
+    config.run.mkdir(parents=True, exist_ok=True)
+    (config.run / "config.yaml").write_text(dump(config), encoding="utf-8")
+    write_environment(config.run)
+    run.trainer.fit()
+    evaluation = run.evaluate(run.measured_split)
+    baseline = boosting(store, run.tasks, evaluation.split) if config.report.boosting else {}
+    predictions = write_predictions(config.run / "predictions", store, run.tasks, evaluation)
+    table = write_report(config.run, run.tasks, evaluation, baseline, run.facts(), config.report.plots)
+    model = save_model(run, evaluation)
+    as_of = (parse_instant(store.summary["last_event"]) // DAY + 1) * DAY  # the midnight after the last event
+    embeddings = export(artifact.Artifact.load(model), Request(source, as_of), config.run / "embeddings")
+    print(f"\n{table}\n")
+    paths = {"report": config.run / "report.md", "predictions": predictions, "model": model, "embeddings": embeddings.parent}
+    for name, path in paths.items():
+        print(f"{name:12}{path}")
+
+
+def save_model(run: Run, evaluation: Evaluation) -> Any:
+    """Write the run's model folder and return its path."""
+    summary, folder = run.store.summary, run.config.run / "model"
+    facts = CardFacts(
+        metrics=evaluation.metrics,
+        split=evaluation.split,
+        first_event=parse_instant(summary["first_event"]),
+        last_event=parse_instant(summary["last_event"]),
+        num_users=summary["users"],
+    )
+    states = {name: task.state() for name, task in run.tasks.items()}
+    artifact.save(
+        folder,
+        run.trainer.load_best().cpu(),
+        config=run.config,
+        schema=run.store.schema,
+        heads=run.heads,
+        states=states,
+        vocab=run.store.vocab,
+        facts=facts,
+    )
+    return folder
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(sys.argv[1:]))

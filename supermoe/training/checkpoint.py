@@ -1,0 +1,163 @@
+"""Checkpoints: folders that are whole or absent, found again by the same command.
+
+A checkpoint holds the tensors in the format of torch.distributed.checkpoint, and `checkpoint.json` with the rest: format version,
+position, config, and the size and CRC-32 of every file. It is written beside its place and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from supermoe.typed_yaml import UserError
+
+VERSION = 1
+MANIFEST = "checkpoint.json"
+
+# Keys of the config that may change between two starts of one run: where things lie, what is drawn, how often is saved.
+FREE_KEYS = (
+    "run",
+    "data.store",
+    "data.memory_limit",
+    "data.threads",
+    "report",
+    "export",
+    "training.max_minutes",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.tensorboard",
+    "training.threads",
+)
+
+
+class Checkpoints:
+    """The checkpoints of one run, `step_<n>` folders under `folder`; the last `keep` stay.
+
+    `identity` is the run's resolved config as plain data, plus whatever else must not change within a run.
+    """
+
+    def __init__(self, folder: Path, keep: int, identity: dict[str, Any]):
+        self.folder, self.keep, self.identity = folder, keep, identity
+
+    def save(self, step: int, tensors: dict[str, Any], progress: dict[str, Any]) -> Path:
+        """Write a checkpoint: nested tensors, and progress as plain data that JSON keeps.
+
+        Raises:
+            UserError: when it cannot be written, such as on a full disk; earlier checkpoints stay.
+        """
+        path = self.folder / f"step_{step:08d}"
+        beside = path.with_name(f".{path.name}.writing")
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            with _one_process():
+                dcp.save(tensors, checkpoint_id=str(beside), no_dist=True)
+            files = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
+            manifest = {"version": VERSION, "step": step, "identity": self.identity, "progress": progress, "files": files}
+            (beside / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(beside, path)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise UserError(
+                f"cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}. Free space or choose another "
+                f"`run` folder; earlier checkpoints are untouched and the same command continues from them"
+            ) from error
+        for old in self._steps()[: -self.keep]:
+            shutil.rmtree(old)
+        return path
+
+    def latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The last whole checkpoint and its progress, or None if there is none at all.
+
+        A damaged one is passed over with a warning. Raises `UserError` if all are damaged, if another version wrote it, or if the
+        config has changed since.
+        """
+        steps = self._steps()
+        for path in reversed(steps):
+            manifest = _read_whole(path)
+            if manifest is not None:
+                self._check(path, manifest)
+                return path, manifest["progress"]
+        if steps:
+            raise UserError(f"{self.folder}: every checkpoint is damaged; delete this folder to start the run from its beginning")
+        return None
+
+    def load(self, path: Path, tensors: dict[str, Any]) -> None:
+        """Fill nested tensors in place from a checkpoint."""
+        try:
+            with _one_process():
+                dcp.load(tensors, checkpoint_id=str(path), no_dist=True)
+        except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+            reason = str(error).rstrip().splitlines()[-1]  # the lines before are a traceback
+            raise UserError(f"cannot load the checkpoint {path}: {reason}; delete it to continue from the one before") from error
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step_*"))
+
+    def _check(self, path: Path, manifest: dict[str, Any]) -> None:
+        if manifest["version"] != VERSION:
+            raise UserError(
+                f"{path} has checkpoint format {manifest['version']}, this version of supermoe reads {VERSION}: continue with "
+                f"the version that wrote it, or choose another `run` folder"
+            )
+        changed = changes(manifest["identity"], self.identity)
+        if changed:
+            raise UserError(
+                f"the run in {self.folder.parent} was started with another config: {'; '.join(changed)}. Restore these values to "
+                f"continue it, or choose another `run` folder"
+            )
+
+
+def changes(saved: Any, current: Any, key: str = "") -> list[str]:
+    """What differs between two nested mappings, one line per key; `FREE_KEYS` may differ."""
+    if key in FREE_KEYS or saved == current:
+        return []
+    if isinstance(saved, dict) and isinstance(current, dict):
+        prefix = f"{key}." if key else ""
+        names = [*saved, *(name for name in current if name not in saved)]
+        return [line for name in names for line in changes(saved.get(name), current.get(name), f"{prefix}{name}")]
+    return [f"{key} was {saved!r:.60} and is now {current!r:.60}"]
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """torch warns that there is no process group; here that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _fingerprint(file: Path) -> list[int]:
+    """Size and CRC-32 of a file."""
+    crc, size = 0, 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [size, crc]
+
+
+def _read_whole(path: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint, or None with a warning if any of its files is not what was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["version"] != VERSION:  # the files of another version are not ours to judge
+            return manifest
+        damaged = [name for name, expected in manifest["files"].items() if _fingerprint(path / name) != expected]
+        problem = f"the content of {damaged[0]} is not what was written" if damaged else ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = str(error)
+    if not problem:
+        return manifest
+    warnings.warn(f"the checkpoint {path} is damaged ({problem}): continuing from the one before", stacklevel=3)
+    return None

@@ -1,0 +1,51 @@
+"""Bags start where a data scientist's would: inverse document frequencies and the singular vectors of the TF-IDF matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from supermoe.data.batches import ranges
+from supermoe.data.schema import FIRST_ID
+from supermoe.data.store import SPLITS, IdLists, Store
+
+MAX_EXAMPLES = 50_000  # enough to fix a few hundred directions; keeps the matrix in memory
+
+
+def init_bags(model: torch.nn.Module, store: Store, seed: int) -> None:
+    """Fit every bag's table on the training examples and load it into the model's feature encoder."""
+    train = np.flatnonzero(np.asarray(store.examples.split) == SPLITS["train"])
+    if len(train) > MAX_EXAMPLES:
+        train = np.sort(np.random.default_rng(seed).choice(train, MAX_EXAMPLES, replace=False))
+    generator = torch.Generator().manual_seed(seed)
+    features = model.indicators.features
+    for name, bag in store.bags.items():
+        matrix_VD, idf_V = fit_bag(bag, train, store.schema.bags[name].size, features.bag_dim, generator)
+        features.init_bag(name, matrix_VD, idf_V)
+
+
+def fit_bag(bag: IdLists, examples: np.ndarray, size: int, dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Truncated SVD of the examples' TF-IDF rows -> table [size, dim] of unit mean-square bag vectors, idf [size]."""
+    rows, offsets = ranges(bag.offsets[examples], bag.offsets[examples + 1] - bag.offsets[examples])
+    ids = torch.from_numpy(bag.ids[rows].astype(np.int64))
+    counts = torch.from_numpy(bag.counts[rows].astype(np.float32))
+    example = torch.repeat_interleave(torch.arange(len(examples)), torch.from_numpy(np.diff(offsets)))
+    idf_V = torch.log((1 + len(examples)) / (1 + torch.bincount(ids, minlength=size).float())) + 1
+    idf_V[:FIRST_ID] = 0.0  # neither absent nor unknown values say anything
+    weights = torch.log1p(counts) * idf_V[ids]
+    norm = torch.zeros(len(examples)).index_add(0, example, weights.square()).sqrt().clamp(min=1e-12)
+    matrix = torch.sparse_coo_tensor(torch.stack([example, ids]), weights / norm[example], (len(examples), size))
+    return _directions(matrix.coalesce(), dim, generator), idf_V
+
+
+def _directions(matrix: Tensor, dim: int, generator: torch.Generator) -> Tensor:
+    """Leading right singular vectors by block power iteration (Halko et al. 2011, algorithm 4.4), scaled; [V, dim]."""
+    block = torch.randn(matrix.shape[1], dim, generator=generator)
+    for _ in range(4):
+        block = torch.linalg.qr(matrix.t() @ (matrix @ block)).Q
+    # A matrix of lower rank than `dim`, or a single id, leaves fewer columns.
+    table = torch.zeros(matrix.shape[1], dim)
+    table[:, : block.shape[1]] = block
+    scale = (matrix @ table).square().mean().sqrt().clamp(min=1e-12)
+    return table / scale

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from supermoe.objectives.balancers import REGISTRY, Equal, Fixed
+from supermoe.typed_yaml import UserError
+
+NAMES = ["churn", "spend", "age"]
+
+
+def test_equal_weights_sum_to_one_and_stay() -> None:
+    balancer = Equal(Equal.Config(), names=NAMES)
+    weight_T = balancer(torch.tensor([9.0, torch.nan, 0.1]), torch.tensor([1.0, 0.0, 5.0]))
+    torch.testing.assert_close(weight_T, torch.full((3,), 1 / 3))
+
+
+def test_fixed_weights_keep_their_proportions_from_the_first_step_on() -> None:
+    balancer = Fixed(Fixed.Config(weights={"spend": 2.0}), names=NAMES)
+    expected = torch.tensor([0.25, 0.5, 0.25])
+    torch.testing.assert_close(balancer.weight_T, expected)
+    torch.testing.assert_close(balancer(torch.ones(3), torch.ones(3)), expected)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_state_survives_a_checkpoint(name: str) -> None:
+    options = {"weights": {"churn": 3.0}} if name == "fixed" else {}
+    balancer = REGISTRY[name](REGISTRY[name].Config(**options), names=NAMES)
+    other = REGISTRY[name](REGISTRY[name].Config(**{k: {"age": 9.0} for k in options}), names=NAMES)
+    other.load_state_dict(balancer.state_dict())
+    assert torch.equal(other.weight_T, balancer.weight_T)
+
+
+def test_fixed_refuses_unknown_names_and_weights_that_are_not_positive() -> None:
+    with pytest.raises(UserError, match=r"loss\.balancer\.weights\.chrun.*did you mean 'churn'"):
+        Fixed(Fixed.Config(weights={"chrun": 1.0}), names=NAMES)
+    with pytest.raises(ValidationError, match="tasks.age=null"):
+        Fixed.Config(weights={"age": 0.0})

@@ -1,0 +1,74 @@
+"""Vectors of declared aggregates and bags."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from factories import check_gradients, make_batch, make_schema
+
+from supermoe.config import ModelConfig
+from supermoe.data.batch import Jagged
+from supermoe.data.schema import Schema
+from supermoe.model.feature_encoder import Bag, FeatureEncoder, encode_numbers
+
+CONFIG = ModelConfig(dim=8, heads=2, number_bins=4, bag_dim=6)
+
+
+def test_numbers_are_encoded_as_deviate_bins_and_missing() -> None:
+    encoded = encode_numbers(torch.tensor([[0.5, torch.nan], [0.375, 1.0]]), bins=4).view(2, 2, 6)
+    torch.testing.assert_close(encoded[0, 0], torch.tensor([0.0, 0.5, 0.5, -0.5, -0.5, 0.0]))
+    torch.testing.assert_close(encoded[0, 1], torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0]))
+    torch.testing.assert_close(encoded[1, 0, 1:], torch.tensor([0.5, 0.0, -0.5, -0.5, 0.0]))
+    # The 99.9 % quantile of the normal distribution, where its infinite tail is cut off.
+    torch.testing.assert_close(encoded[1, 1, 0], torch.tensor(3.0902), atol=1e-4, rtol=0)
+
+
+def test_bag_is_normalised_tf_idf() -> None:
+    bag = Bag(4, 3)
+    bag.idf_V.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    counts = Jagged(torch.tensor([0, 2, 2]), torch.tensor([2, 3]), torch.tensor([1.0, 3.0]))
+    weights = torch.log1p(torch.tensor([1.0, 3.0])) * torch.tensor([2.0, 3.0])
+    expected = (weights / weights.norm()) @ bag.table_VD[2:4]
+    torch.testing.assert_close(bag(counts), torch.stack([expected, torch.zeros(3)]))
+
+
+def test_init_bag_sets_table_and_idf_of_one_bag() -> None:
+    encoder = FeatureEncoder(make_schema(), CONFIG)
+    encoder.init_bag("type_28d", torch.ones(11, 6), torch.full((11,), 2.0))
+    bag = encoder.bags["type_28d"]
+    assert bag.table_VD.sum(1).tolist() == [6.0] * 11
+    assert bag.idf_V.tolist() == [2.0] * 11
+    assert not torch.equal(encoder.bags["type_all"].table_VD, bag.table_VD)
+
+
+def test_every_feature_and_bag_matters_to_its_example_only() -> None:
+    encoder, batch = FeatureEncoder(make_schema(), CONFIG).eval(), make_batch()
+    f_BD = encoder(batch)
+    features_BP = batch.features_BP.clone()
+    features_BP[1, 0] = 0.77
+    changed = encoder(dataclasses.replace(batch, features_BP=features_BP))
+    assert (changed != f_BD).any(1).tolist() == [False, True, False, False, False]
+    empty = Jagged(torch.zeros(6, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    changed = encoder(dataclasses.replace(batch, bags={**batch.bags, "type_all": empty}))
+    had_ids = batch.bags["type_all"].offsets.diff() > 0
+    assert torch.equal((changed != f_BD).any(1), had_ids)
+
+
+def test_without_features_the_vector_is_zero_and_there_is_no_network() -> None:
+    schema = Schema(fields=make_schema().fields)
+    encoder = FeatureEncoder(schema, CONFIG)
+    assert encoder(make_batch(schema=schema)).tolist() == [[0.0] * 8] * 5
+    assert list(encoder.parameters()) == []
+
+
+def test_dropout_is_for_training() -> None:
+    encoder, batch = FeatureEncoder(make_schema(), CONFIG), make_batch()
+    assert not torch.equal(encoder(batch), encoder(batch))
+    encoder.eval()
+    assert torch.equal(encoder(batch), encoder(batch))
+
+
+def test_gradients() -> None:
+    encoder, batch = FeatureEncoder(make_schema(), CONFIG).eval(), make_batch()
+    check_gradients(encoder, lambda: encoder(batch))

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fake_run import make_model, make_run_batch, make_task, make_tasks, run_schema
+
+from supermoe.data.batch import SetLabels
+from supermoe.data.schema import FIRST_ID, LabelSchema
+from supermoe.objectives import ranking
+from supermoe.objectives.ranking import relevant_ids, seen_ids
+from supermoe.typed_yaml import UserError
+
+
+@pytest.fixture(scope="module")
+def world():
+    tasks = make_tasks()
+    model = make_model(tasks, {}).eval()
+    batch = make_run_batch(3)
+    with torch.no_grad():
+        return tasks, model, batch, model(batch)
+
+
+def sets(*rows: list[int]) -> SetLabels:
+    sizes = torch.tensor([len(row) for row in rows])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    return SetLabels(torch.ones(len(rows), dtype=torch.bool), offsets, torch.tensor(sum(rows, []), dtype=torch.int64))
+
+
+def test_retrieval_loss_is_the_mean_over_each_set(world) -> None:
+    tasks, model, batch, output = world
+    task, head = tasks["basket"], model.heads["basket"]
+    total, count = task.loss(head, output, batch)
+    log_p = task.logits(head, output, batch)[:, FIRST_ID:].log_softmax(-1)
+    labels = batch.labels["basket"]
+    rows = [labels.ids[a:b] for a, b in zip(labels.offsets[:-1], labels.offsets[1:], strict=True)]
+    expected = sum(-log_p[i, ids - FIRST_ID].mean() for i, ids in enumerate(rows) if len(ids))
+    torch.testing.assert_close(total, expected)
+    assert count == task.count(batch) == sum(len(ids) > 0 for ids in rows)
+
+
+def test_rank_and_top_k_agree_with_a_full_sort() -> None:
+    task = make_task("retrieval", "basket")
+    logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(1))
+    batch = replace(make_run_batch(0, 3), labels={"basket": sets([4, 7], [], [10])})
+    order = [sorted(range(FIRST_ID, 11), key=lambda i: -row[i]) for row in logits]
+    found = task.rank(logits.clone(), batch)
+    assert found["top_k"].tolist() == order
+    assert found["rank"].tolist() == [1 + min(order[0].index(4), order[0].index(7)), 0, 1 + order[2].index(10)]
+
+
+def test_seen_ids_are_never_ranked(world) -> None:
+    _, _, batch, _ = world
+    task = make_task("retrieval", "basket", filter_seen=True)
+    found = task.rank(torch.randn(batch.num_examples, 11), batch)["top_k"]
+    for b in range(batch.num_examples):
+        start = int(batch.offsets_S[batch.read_B[b]])
+        seen = set(batch.fields["type"][start : start + int(batch.visible_B[b])].tolist())
+        bag = batch.bags["type_all"]
+        seen |= set(bag.ids[bag.offsets[b] : bag.offsets[b + 1]].tolist())
+        assert set(found[b].tolist()) - {-1} == set(range(FIRST_ID, 11)) - seen
+
+
+def test_seen_ids_of_a_slice_of_the_examples(world) -> None:
+    _, _, batch, _ = world
+    row, ids = seen_ids(batch, "type", run_schema(), 0, batch.num_examples)
+    part_row, part_ids = seen_ids(batch, "type", run_schema(), 2, 4)
+    expected = sorted((int(r) - 2, int(i)) for r, i in zip(row, ids, strict=True) if 2 <= r < 4)
+    assert sorted(zip(part_row.tolist(), part_ids.tolist(), strict=True)) == expected
+
+
+def test_next_item_is_learnt_at_every_event(world) -> None:
+    tasks, model, batch, output = world
+    task, head = tasks["item"], model.heads["item"]
+    total, count = task.loss(head, output, batch)
+    weight, bias = head.table()
+    expected, positions = 0.0, 0
+    for a, b in zip(batch.offsets_S[:-1].tolist(), batch.offsets_S[1:].tolist(), strict=True):
+        for n in range(a, b - 1):
+            target = int(batch.fields["type"][n + 1])
+            if target >= FIRST_ID:
+                logits = (weight @ head.query(output.event_ND[n]) + bias)[FIRST_ID:]
+                expected = expected - logits.log_softmax(0)[target - FIRST_ID]
+                positions += 1
+    torch.testing.assert_close(total, expected)
+    assert count == task.count(batch) == positions > 0
+
+
+def test_next_item_ranks_from_the_last_visible_event_in_chunks_or_at_once(world, monkeypatch) -> None:
+    tasks, model, batch, output = world
+    task, head = tasks["item"], model.heads["item"]
+    whole = task.scores(head, output, batch)
+    weight, bias = head.table()
+    for b in range(batch.num_examples):
+        if batch.visible_B[b] == 0:  # popularity alone
+            expected = bias
+        else:
+            event = int(batch.offsets_S[batch.read_B[b]] + batch.visible_B[b]) - 1
+            expected = weight @ head.query(output.event_ND[event]) + bias
+        assert whole["top_k"][b].tolist() == (expected[FIRST_ID:].argsort(descending=True) + FIRST_ID).tolist()
+    monkeypatch.setattr(ranking, "MAX_LOGITS", 22)  # two examples at a time
+    for key, values in task.scores(head, output, batch).items():
+        torch.testing.assert_close(values, whole[key])
+
+
+def test_scores_without_labels_have_no_rank(world) -> None:
+    tasks, model, batch, output = world
+    unlabelled = replace(batch, labels={})
+    for name in ("basket", "item"):
+        assert set(tasks[name].scores(model.heads[name], output, unlabelled)) == {"top_k", "scores"}
+
+
+def test_prior_is_popularity() -> None:
+    task = make_task("retrieval", "basket", top_k=10)
+    task.fit_prior(sets([5], [5], [7], []))
+    scores = task.prior_scores(4)
+    assert scores["top_k"][:, :2].tolist() == [[5, 7]] * 4
+    assert task.metrics(scores, sets([5], [7], [], []))["ndcg@10"] == pytest.approx((1 + 1 / math.log2(3)) / 2)
+    item = make_task("next_item", "item")
+    item.fit_prior(torch.zeros(0), torch.tensor([9.0] * 2 + [1.0] * 8 + [50.0]))
+    assert item.prior_scores(1)["top_k"][0, 0] == 10
+
+
+def test_relevant_ids_leave_out_what_names_nothing() -> None:
+    row, ids = relevant_ids(sets([0, 1, 2], [], [9]))
+    assert (row.tolist(), ids.tolist()) == ([0, 2], [2, 9])
+    row, ids = relevant_ids(torch.tensor([-1, 1, 4]))
+    assert (row.tolist(), ids.tolist()) == ([2], [4])
+
+
+def test_nothing_to_find_is_said() -> None:
+    task = make_task("next_item", "item")
+    labels = torch.tensor([1, 1])  # an unknown id cannot be found
+    assert task.undefined(labels) == "no example has an id to find"
+    assert np.isnan(task.metrics({"top_k": np.array([[2], [3]])}, labels)["ndcg@10"])
+
+
+def test_the_field_must_be_a_category() -> None:
+    with pytest.raises(UserError, match=r"tasks\.basket\.label\.field: the field 'value' is of kind number"):
+        make_task("retrieval", "basket", label=LabelSchema(kind="set", field="value"))
+    with pytest.raises(UserError, match="did you mean 'store'"):
+        make_task("retrieval", "basket", label=LabelSchema(kind="set", field="stor"))

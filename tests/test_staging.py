@@ -1,0 +1,128 @@
+"""The sorted log: order, numbering, users, label tables, and what happens when memory or disk run out."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import duckdb
+import pandas as pd
+import pytest
+
+from supermoe.config import DataConfig, FieldConfig
+from supermoe.data.sources import Frames
+from supermoe.data.staging import connect, disk_errors, stage, stage_serving
+from supermoe.typed_yaml import UserError
+
+DAY = dt.datetime(2020, 1, 1)
+
+
+def hours(*numbers):
+    return [DAY + dt.timedelta(hours=n) for n in numbers]
+
+
+def staged(tmp_path, source, fields=None):
+    con = connect("200MB", 1, tmp_path)
+    return stage(con, source.attach(con), DataConfig.model_construct(fields=fields or {}), tmp_path)
+
+
+def rows(log, sql):
+    return log.con.execute(sql).fetchall()
+
+
+def test_the_log_is_in_user_time_and_file_order(tmp_path):
+    frame = pd.DataFrame({"user": ["b", "a", "b", "a", "b"], "time": hours(5, 9, 1, 9, 5), "n": [0, 1, 2, 3, 4]})
+    log = staged(tmp_path, Frames(frame))
+    assert rows(log, "SELECT user_row, position, n, row FROM log ORDER BY row") == [
+        (0, 0, 1, 0),
+        (0, 1, 3, 1),
+        (1, 0, 2, 2),
+        (1, 1, 0, 3),
+        (1, 2, 4, 4),
+    ]
+    assert rows(log, 'SELECT user_row, "user", first_row, num_events FROM people ORDER BY user_row') == [
+        (0, "a", 0, 2),
+        (1, "b", 2, 3),
+    ]
+    assert (log.num_users, log.num_events, log.event_types) == (2, 5, {"event": 5})
+    assert log.first_time == 1577836800 + 3600
+    assert log.last_time == 1577836800 + 9 * 3600
+
+
+def test_many_ties_keep_their_order(tmp_path):
+    frame = pd.DataFrame({"user": [n % 3 for n in range(3000)], "time": [DAY] * 3000, "n": range(3000)})
+    log = staged(tmp_path, Frames(frame))
+    assert rows(log, "SELECT count(*) FROM log WHERE n <> 3 * position + user_row") == [(0,)]
+
+
+def test_users_without_events_are_people_too(tmp_path):
+    events = pd.DataFrame({"user": [5, 5, 2], "time": hours(0, 1, 2), "age": [1, 2, 3]})
+    users = pd.DataFrame({"user": [9, 5, 3], "age": [90, 50, 30]})
+    log = staged(tmp_path, Frames(events, users=users))
+    assert log.attributes == ["age"]
+    found = rows(log, 'SELECT user_row, "user", first_row, num_events, age FROM people ORDER BY user_row')
+    assert found == [(0, 2, 0, 1, None), (1, 3, 1, 0, 30), (2, 5, 1, 2, 50), (3, 9, 3, 0, 90)]
+    assert rows(log, "SELECT age FROM log ORDER BY row") == [(3,), (1,), (2,)]
+
+
+def test_label_tables_are_numbered_like_the_log(tmp_path):
+    events = pd.DataFrame({"user": ["b", "a"], "time": hours(0, 1)})
+    orders = pd.DataFrame({"user": ["b", "x", "a"], "time": hours(3, 2, 1), "amount": [1.0, 2.0, 3.0]})
+    log = staged(tmp_path, Frames(events, tables={"orders": orders}))
+    assert rows(log, "SELECT user_row, amount FROM table_orders") == [(0, 3.0), (1, 1.0)]
+    assert log.tables == ["orders"]
+
+
+def test_several_event_types_make_event_a_field(tmp_path):
+    one = pd.DataFrame({"user": [1], "time": [DAY], "x": [1.5]})
+    log = staged(tmp_path, Frames({"buy": one, "see": one}))
+    assert {name: field.kind for name, field in log.fields.items()} == {"event": "category", "x": "number"}
+    assert log.event_types == {"buy": 1, "see": 1}
+    assert log.column_types == {"event": "VARCHAR", "x": "DOUBLE"}
+
+
+def test_an_empty_log_is_refused_in_training_and_fine_in_serving(tmp_path):
+    nobody = Frames(pd.DataFrame({"user": ["a"], "time": [DAY], "n": [1]}), users=pd.DataFrame({"user": ["a", "b"]}))
+    con = connect("200MB", 1, tmp_path)
+    log = stage_serving(con, nobody.attach(con), {"n": FieldConfig(kind="category")}, 0, tmp_path)
+    assert (log.num_users, log.num_events, log.first_time) == (2, 0, 0)
+    with pytest.raises(UserError, match="the events hold no rows"):
+        staged(tmp_path, Frames(pd.DataFrame({"user": ["a"], "time": [DAY]})[:0].astype({"user": "str"})))
+
+
+def test_serving_reads_the_past_only_and_asks_for_the_models_fields(tmp_path):
+    source = Frames(pd.DataFrame({"user": [1, 1], "time": hours(0, 1), "n": [1, 2]}))
+    con = connect("200MB", 1, tmp_path)
+    tables = source.attach(con)
+    as_of = 1577836800 + 3600
+    log = stage_serving(con, tables, {"n": FieldConfig(kind="category")}, as_of, tmp_path)
+    assert rows(log, "SELECT n FROM log") == [(1,)]
+    with pytest.raises(UserError, match="no column 'm', which the model reads"):
+        stage_serving(con, tables, {"m": FieldConfig(kind="category")}, as_of, tmp_path)
+
+
+def test_a_csv_that_turns_into_something_else_is_refused(tmp_path):
+    from supermoe.data.sources import Files
+
+    (tmp_path / "e.csv").write_text("user,time,x\n" + "1,2020-01-01,5\n" * 30000 + "1,2020-01-01,five\n")
+    source = Files(Files.Config.model_validate({"events": str(tmp_path / "e.csv")}))
+    with pytest.raises(UserError, match=r"first rows promise: .*Line: 30002"):
+        staged(tmp_path, source)
+
+
+def test_bad_memory_limit_names_its_key(tmp_path):
+    with pytest.raises(UserError, match=r"data\.memory_limit: 'lots'"):
+        connect("lots", None, tmp_path)
+
+
+def test_running_out_of_spill_space_is_a_user_error(tmp_path):
+    con = connect("40MB", 1, tmp_path)
+    con.execute("SET max_temp_directory_size = '1MB'")
+    with pytest.raises(UserError, match="ran out of memory or of disk"), disk_errors(tmp_path):
+        con.execute("CREATE TABLE t AS SELECT random() AS a, random() AS b FROM range(5000000) ORDER BY a")
+
+
+def test_a_full_disk_is_a_user_error_and_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(UserError, match="the disk is full"), disk_errors(tmp_path):
+        raise duckdb.IOException("IO Error: Could not write: No space left on device")
+    with pytest.raises(duckdb.IOException), disk_errors(tmp_path):
+        raise duckdb.IOException("IO Error: something else")
