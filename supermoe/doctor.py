@@ -87,12 +87,10 @@ def check_model(folder: Path) -> str:
     if not found <= TOLERANCE:
         raise UserError(
             f"{folder}: the probe embeddings differ from those saved by {found:.2g} of their norm, more than "
-            f"{TOLERANCE:g}: torch {torch.__version__} computes something else here; compare versions, or try another ops "
-            f"backend"
+            f"{TOLERANCE:g}: torch {torch.__version__} computes something else here; compare versions, or try "
+            f"another ops backend"
         )
-    return (
-        f"model {artifact.model_id}: loads; its probe embeddings differ from those saved by {found:.1e} of their norm"
-    )
+    return f"model {artifact.model_id}: loads; probe embeddings differ from those saved by {found:.1e} of their norm"
 
 
 def main(argv: list[str] | None = None) -> None:

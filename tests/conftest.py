@@ -13,3 +13,23 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import make_model_folder
 
     return make_model_folder(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of `supermoe.train` over the log of `tiny.make_log`. Not to be changed: copy it."""
+    import tiny
+
+    from supermoe.config import RunConfig
+    from supermoe.train import train
+    from supermoe.typed_yaml import validate
+
+    folder = tmp_path_factory.mktemp("trained")
+    tiny.make_log().to_parquet(folder / "events.parquet")
+    tiny.make_users().to_parquet(folder / "users.parquet")
+    config = tiny.make_config(folder).model_dump(mode="json")
+    config["tasks"]["item"] = {"type": "next_item", "label": {"next": "type", "window": "28d"}}
+    config["loss"] = {"pretraining": {"next_event": {"type": "next_event", "fields": ["shop"]}}}
+    config["training"] |= {"epochs": 2, "tokens_per_batch": 500, "threads": 1}
+    train(validate(RunConfig, config, "test"))
+    return folder / "run"

@@ -1,4 +1,4 @@
-"""Small logs for the tests of splits, labels, features, examples and audit: frames staged, with a store to write examples into."""
+"""Small logs for the tests of the data part: frames staged, and stores made of them."""
 
 from __future__ import annotations
 
@@ -54,10 +54,15 @@ def seconds(text: str) -> int:
     return int(pd.Timestamp(text, tz="UTC").timestamp())
 
 
-def task(kind: str, label: dict[str, Any], eligible: dict[str, Any] | None = None, type: str = "task") -> SimpleNamespace:
+def task(
+    kind: str, label: dict[str, Any], eligible: dict[str, Any] | None = None, type: str = "task"
+) -> SimpleNamespace:
     """What the data part reads of a task's config."""
     return SimpleNamespace(
-        type=type, label_kind=kind, label=WindowLabel(**label), eligible=None if eligible is None else Eligible(**eligible)
+        type=type,
+        label_kind=kind,
+        label=WindowLabel(**label),
+        eligible=None if eligible is None else Eligible(**eligible),
     )
 
 
@@ -66,7 +71,9 @@ def time_split(**config: Any) -> TimeSplit:
     return TimeSplit(TimeSplit.Config(**config))
 
 
-def write_store(path: Path, log: Staged, splits: Any, features: Mapping[str, Any] = MappingProxyType({}), **tasks: Any) -> Store:
+def write_store(
+    path: Path, log: Staged, splits: Any, features: Mapping[str, Any] = MappingProxyType({}), **tasks: Any
+) -> Store:
     """A finished store with the examples of the splits; `features` maps groups to what stands in YAML."""
     groups = {name: FeatureConfig(**config) for name, config in features.items()}
     plan = splits.plan(log.con, {name: config.label for name, config in tasks.items()})

@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from supermoe.data.aggregates import DAY, MONTH, History, Values, Window, bag, expand, lifetime_aggregates, once_per_moment, window_aggregates
+from supermoe.data.aggregates import (
+    DAY,
+    MONTH,
+    History,
+    Values,
+    Window,
+    bag,
+    expand,
+    lifetime_aggregates,
+    once_per_moment,
+    window_aggregates,
+)
 from supermoe.typed_yaml import ALL_TIME
 
 WINDOW = 5 * DAY
@@ -13,7 +24,7 @@ NAMES = ["buy", "view", "sell"]
 
 
 def random_history(seed: int = 0) -> History:
-    """Users with 0 to 40 events over 60 days, several at the same second, and three cuts each, one of them after a repeated time."""
+    """Users with 0 to 40 events over 60 days, several of them at the same second, and three cuts each."""
     rng = np.random.default_rng(seed)
     length = rng.integers(0, 41, 12)
     length[3] = 0
@@ -23,7 +34,9 @@ def random_history(seed: int = 0) -> History:
     offsets = np.append(0, np.cumsum(length))
     user_B = np.repeat(np.arange(12), 3)
     cut_B = 1_700_006_400 + np.tile([20, 41, 60], 12) * DAY
-    visible_B = np.array([(time_N[offsets[u] : offsets[u + 1]] < cut).sum() for u, cut in zip(user_B, cut_B, strict=True)])
+    visible_B = np.array(
+        [(time_N[offsets[u] : offsets[u + 1]] < cut).sum() for u, cut in zip(user_B, cut_B, strict=True)]
+    )
     size = len(user_N)
     lists = rng.integers(0, 4, size)
     return History(
@@ -31,7 +44,9 @@ def random_history(seed: int = 0) -> History:
         time_N=time_N,
         categories={
             "event": Values(rng.integers(0, 5, size).astype(np.int32), 5, NAMES),
-            "tags": Values(rng.integers(0, 9, lists.sum()).astype(np.int32), 9, list("abcdefg"), np.append(0, np.cumsum(lists))),
+            "tags": Values(
+                rng.integers(0, 9, lists.sum()).astype(np.int32), 9, list("abcdefg"), np.append(0, np.cumsum(lists))
+            ),
         },
         numbers={"amount": np.where(rng.random(size) < 0.2, np.nan, rng.normal(size=size))},
         start_B=offsets[user_B],
@@ -45,7 +60,9 @@ def rows_of(history: History, example: int, window: int) -> list[int]:
     """Event rows inside a window, the slow way."""
     cut, rows = history.cut_B[example], range(len(history.time_N))
     mine = [row for row in rows if history.user_N[row] == history.user_B[example]]
-    return [row for row in mine if history.time_N[row] < cut and (window == ALL_TIME or history.time_N[row] >= cut - window)]
+    return [
+        row for row in mine if history.time_N[row] < cut and (window == ALL_TIME or history.time_N[row] >= cut - window)
+    ]
 
 
 def ids_at(values: Values, row: int) -> list[int]:
@@ -79,7 +96,9 @@ def test_window_aggregates_equal_a_plain_loop(window):
         found = {name.removesuffix(f"_{tag}"): values[b] for name, values in columns.items()}
         assert found.keys() == expected.keys()  # tags have seven values, more than five: not counted one by one
         for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, rtol=1e-12, atol=1e-12, err_msg=name)  # sums in another order
+            np.testing.assert_allclose(
+                found[name], value, rtol=1e-12, atol=1e-12, err_msg=name
+            )  # sums in another order
 
 
 def test_lifetime_aggregates_equal_a_plain_loop():
@@ -103,7 +122,11 @@ def test_lifetime_aggregates_equal_a_plain_loop():
         for h in range(8):
             expected[f"hour{h}"] = np.mean(times % DAY // 10800 == h) if rows else np.nan
         for w in range(7):
-            expected[f"weekday{w}"] = np.mean(times.astype("datetime64[s]").astype("datetime64[D]").astype(int) % 7 == (w + 4) % 7) if rows else np.nan
+            expected[f"weekday{w}"] = (
+                np.mean(times.astype("datetime64[s]").astype("datetime64[D]").astype(int) % 7 == (w + 4) % 7)
+                if rows
+                else np.nan
+            )
         assert columns.keys() == expected.keys()
         for name, value in expected.items():
             # the deviation comes from a difference of squares of some tens of days: 1e-6 of it survives
@@ -126,7 +149,9 @@ def test_bags_count_moments_and_keep_the_most_frequent(field, limit):
     ends = np.cumsum(length)
     for b in range(len(history.cut_B)):
         seen = {(history.time_N[r], i) for r in rows_of(history, b, WINDOW) for i in ids_at(values, r)}
-        moments = sorted({i: sum(j == i for _, j in seen) for _, i in seen}.items(), key=lambda item: (-item[1], item[0]))
+        moments = sorted(
+            {i: sum(j == i for _, j in seen) for _, i in seen}.items(), key=lambda item: (-item[1], item[0])
+        )
         part = slice(ends[b] - length[b], ends[b])
         assert list(zip(ids[part].tolist(), counts[part].tolist(), strict=True)) == sorted(moments[:limit])
 
@@ -161,7 +186,9 @@ def test_a_user_has_the_same_sums_in_every_chunk():
     for window in (WINDOW, ALL_TIME):
         together, apart = window_aggregates(history, window, 5), window_aggregates(small, window, 5)
         for name, values in apart.items():
-            np.testing.assert_array_equal(values, together[name][alone], err_msg=name)  # bit-equal: serving takes other chunks
+            np.testing.assert_array_equal(
+                values, together[name][alone], err_msg=name
+            )  # bit-equal: serving takes other chunks
 
 
 def test_expand_lists_ranges():

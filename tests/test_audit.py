@@ -17,7 +17,10 @@ from supermoe.data.splits import LeaveOneOut, UserFolds
 from supermoe.typed_yaml import UserError
 
 SPLITS = time_split(train=["2024-01-08", "2024-01-15"], valid="2024-01-22", users=UserFolds(folds=3))
-GROUPS = {"f": {"windows": ["7d"], "sql": {"n": "count(*)"}, "bag": ["item"]}, "auto": {"auto": True, "windows": ["all"]}}
+GROUPS = {
+    "f": {"windows": ["7d"], "sql": {"n": "count(*)"}, "bag": ["item"]},
+    "auto": {"auto": True, "windows": ["all"]},
+}
 TASKS = {
     "spend": task("number", {"window": "7d", "sql": "sum(amount)", "empty": 0}),
     "city": task("class", {"attribute": "city"}),
@@ -32,7 +35,16 @@ def make_log(path, **columns):
     rows = []
     for user in range(USERS):
         for day in sorted(rng.integers(1, 30, 12)):
-            rows.append((user, f"2024-01-{day:02d}T{rng.integers(24):02d}:00", "v", f"i{rng.integers(9)}", float(rng.integers(99)), ["x", "y"][: user % 3]))
+            rows.append(
+                (
+                    user,
+                    f"2024-01-{day:02d}T{rng.integers(24):02d}:00",
+                    "v",
+                    f"i{rng.integers(9)}",
+                    float(rng.integers(99)),
+                    ["x", "y"][: user % 3],
+                )
+            )
     rows.append((0, "2024-01-15", "v", "i1", 5.0, []))
     events = frame("user time event item amount tags", *rows)
     for name, value in columns.items():
@@ -57,7 +69,9 @@ def planted(sound, tmp_path):
     def run(plan_changes=None, **changes):
         plan = dataclasses.replace(SPLITS.plan(log.con, {n: t.label for n, t in TASKS.items()}), **(plan_changes or {}))
         groups = {name: FeatureConfig(**group) for name, group in GROUPS.items()}
-        return audit(changes.get("log", log), tmp_path / "store", plan, store.schema, groups, changes.get("tasks", TASKS))
+        return audit(
+            changes.get("log", log), tmp_path / "store", plan, store.schema, groups, changes.get("tasks", TASKS)
+        )
 
     return log, tmp_path / "store", run
 
@@ -84,7 +98,9 @@ def test_a_sound_store_passes_every_check(planted):
 def test_an_event_at_the_cut_is_caught(planted):
     log, folder, run = planted
     at_cut = seconds("2024-01-15")
-    row = np.flatnonzero((np.load(folder / "examples/user.npy") == 0) & (np.load(folder / "examples/cut.npy") == at_cut))
+    row = np.flatnonzero(
+        (np.load(folder / "examples/user.npy") == 0) & (np.load(folder / "examples/cut.npy") == at_cut)
+    )
     spoil(folder, "examples/visible", lambda visible: visible + np.isin(np.arange(len(visible)), row))
     assert "order: 1 examples see an event at or after their cut" in caught(run)
 
@@ -123,7 +139,9 @@ def test_a_training_window_that_reaches_validation_is_caught(planted):
 
 def test_a_vocabulary_fitted_on_the_future_is_caught(planted):
     log, folder, run = planted
-    counts = log.con.execute("SELECT item AS value, count(*) AS count FROM log GROUP BY item ORDER BY count DESC, value").to_arrow_table()
+    counts = log.con.sql(
+        "SELECT item AS value, count(*) AS count FROM log GROUP BY item ORDER BY count DESC, value"
+    ).to_arrow_table()
     pq.write_table(counts, folder / "vocab/item.parquet")
     caught(run, "fitting: the vocabulary of 'item' counts")
 
@@ -131,21 +149,30 @@ def test_a_vocabulary_fitted_on_the_future_is_caught(planted):
 def test_a_vocabulary_of_lists_fitted_on_the_future_is_caught(planted):
     _, folder, run = planted
     table = pq.read_table(folder / "vocab/tags.parquet")
-    pq.write_table(table.set_column(1, "count", pa.array([c + 1 for c in table["count"].to_pylist()])), folder / "vocab/tags.parquet")
+    pq.write_table(
+        table.set_column(1, "count", pa.array([c + 1 for c in table["count"].to_pylist()])),
+        folder / "vocab/tags.parquet",
+    )
     caught(run, "fitting: the vocabulary of 'tags' counts 2 values, such as 'x'")
 
 
 def test_number_knots_fitted_on_the_future_are_caught(planted):
     log, folder, run = planted
     log_values = log.con.execute("SELECT amount FROM log").fetchnumpy()["amount"]
-    pq.write_table(pa.table({"knot": np.unique(np.quantile(log_values, np.linspace(0, 1, 65)))}), folder / "vocab/amount.parquet")
+    pq.write_table(
+        pa.table({"knot": np.unique(np.quantile(log_values, np.linspace(0, 1, 65)))}), folder / "vocab/amount.parquet"
+    )
     caught(run, "fitting: the knots of the number field 'amount'")
 
 
 def test_feature_knots_fitted_on_all_examples_are_caught(planted):
     _, folder, run = planted
     train = np.load(folder / "examples/split.npy") == 0
-    spoil(folder, "examples/features", lambda features: np.where(train[:, None], features * 0.9, features).astype(np.float32))
+    spoil(
+        folder,
+        "examples/features",
+        lambda features: np.where(train[:, None], features * 0.9, features).astype(np.float32),
+    )
     caught(run, "fitting: the knots of the feature 'f_n_7d' reach beyond the values of the training examples")
 
 
@@ -159,8 +186,14 @@ def test_the_attribute_of_a_held_out_user_is_caught(planted):
     _, folder, run = planted
     user, split = np.load(folder / "examples/user.npy"), np.load(folder / "examples/split.npy")
     held_out = next(u for u in range(USERS) if UserFolds(folds=3).bucket(u) == 0)  # the bucket of the test split
-    spoil(folder, "examples/labels/city", lambda label: np.where((user == held_out) & (split == 0), 0, label).astype(np.int32))
-    caught(run, f"users: tasks.city: the attribute of 1 users, such as {held_out}, is asked in a split that is not theirs")
+    spoil(
+        folder,
+        "examples/labels/city",
+        lambda label: np.where((user == held_out) & (split == 0), 0, label).astype(np.int32),
+    )
+    caught(
+        run, f"users: tasks.city: the attribute of 1 users, such as {held_out}, is asked in a split that is not theirs"
+    )
 
 
 @pytest.mark.parametrize("kind", ["timestamp", "date", "text"])
@@ -182,9 +215,14 @@ def test_a_post_dated_field_is_caught(tmp_path, kind, reader):
     store = write_store(tmp_path / "store", log, SPLITS, groups, **tasks)
     plan = SPLITS.plan(log.con, {"spend": tasks["spend"].label})
     with pytest.raises(UserError) as refused:
-        audit(log, store.path, plan, store.schema, {name: FeatureConfig(**group) for name, group in groups.items()}, tasks)
+        audit(
+            log, store.path, plan, store.schema, {name: FeatureConfig(**group) for name, group in groups.items()}, tasks
+        )
     key = "data.fields.refunded" if reader == "field" else "features.f.sql.n"
-    assert f"dates: 'refunded' (read by {key}) lies after its own event in {log.num_events} of {log.num_events} rows" in str(refused.value)
+    assert (
+        f"dates: 'refunded' (read by {key}) lies after its own event in {log.num_events} of {log.num_events} rows"
+        in str(refused.value)
+    )
 
 
 def test_a_date_that_is_known_at_the_event_is_no_leak(tmp_path):
@@ -214,5 +252,5 @@ def test_leave_one_out(tmp_path):
     with pytest.raises(UserError, match="order: 1 examples see an event at or after their cut"):
         audit(log, store.path, plan, store.schema, {}, tasks)
     vocabulary = pq.read_table(store.vocab / "item.parquet")
-    everything = log.con.execute("SELECT item AS value, count(*) AS count FROM log GROUP BY item").to_arrow_table()
+    everything = log.con.sql("SELECT item AS value, count(*) AS count FROM log GROUP BY item").to_arrow_table()
     assert sum(vocabulary["count"].to_pylist()) == sum(everything["count"].to_pylist()) - 2 * USERS

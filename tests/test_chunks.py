@@ -57,7 +57,8 @@ def test_only_eligible_users_become_examples(log):
     splits = time_split(train=["2024-01-15"], eligible={"window": "7d", "sql": "count(*) >= 3"})
     [chunk] = chunks(log, splits.plan(log.con, {}))
     expected = log.con.execute(
-        "SELECT user_row FROM log WHERE time >= '2024-01-08' AND time < '2024-01-15' GROUP BY 1 HAVING count(*) >= 3 ORDER BY 1"
+        "SELECT user_row FROM log WHERE time >= '2024-01-08' AND time < '2024-01-15' GROUP BY 1 HAVING count(*) >= 3 "
+        "ORDER BY 1"
     ).fetchall()
     assert chunk.user_B.tolist() == [row[0] for row in expected] != []
 
@@ -69,7 +70,8 @@ def test_users_without_events_may_be_asked(log):
 
 
 @pytest.mark.parametrize(
-    ("eligible", "word"), [({"sql": "count(*"}, "not valid SQL"), ({"sql": "max(amuont) > 1"}, "amuont"), ({"events": ["w"]}, "'w'")]
+    ("eligible", "word"),
+    [({"sql": "count(*"}, "not valid SQL"), ({"sql": "max(amuont) > 1"}, "amuont"), ({"events": ["w"]}, "'w'")],
 )
 def test_bad_eligibility_is_refused(log, eligible, word):
     with pytest.raises(UserError, match=r"data\.splits\.eligible") as refused:

@@ -16,7 +16,11 @@ COUNT = task("number", {"window": "5d", "sql": "count(*)", "empty": 0})
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
-    rows = [(u, f"2024-01-{d:02d}", "v", f"i{d % 3}") for u, step in (("b", 2), ("a", 5), ("c", 7)) for d in range(step, 31, step)]
+    rows = [
+        (u, f"2024-01-{d:02d}", "v", f"i{d % 3}")
+        for u, step in (("b", 2), ("a", 5), ("c", 7))
+        for d in range(step, 31, step)
+    ]
     return staged(tmp_path_factory.mktemp("log"), frame("user time event item", *rows))
 
 
@@ -34,7 +38,11 @@ def test_examples_are_sorted_and_see_what_lies_before_the_cut(tmp_path, log):
                 expected.append((user, seconds(f"2024-01-{day:02d}"), visible, split))
     assert found == expected
     assert store.summary["examples"] == {"train": 5, "valid": 3, "test": 3}
-    assert store.summary["cuts"] == {"train": ["2024-01-06", "2024-01-11"], "valid": ["2024-01-16"], "test": ["2024-01-21"]}
+    assert store.summary["cuts"] == {
+        "train": ["2024-01-06", "2024-01-11"],
+        "valid": ["2024-01-16"],
+        "test": ["2024-01-21"],
+    }
 
 
 def test_no_test_cut(tmp_path, log):
@@ -44,13 +52,17 @@ def test_no_test_cut(tmp_path, log):
 
 def test_a_split_without_examples_is_refused(tmp_path, log):
     splits = time_split(train=["2024-01-11"], valid="2024-01-21", eligible={"sql": "max(age_days) < 12"})
-    with pytest.raises(UserError, match=r"data\.splits: no user is eligible for the valid split \\(condition: max\(age_days\) < 12\)"):
+    with pytest.raises(
+        UserError, match=r"data\.splits: no user is eligible for the valid split \(condition: max\(age_days\) < 12\)"
+    ):
         write_store(tmp_path / "store", log, splits, asked=COUNT)
     assert not (tmp_path / "store").exists()
 
 
 def test_leave_one_out_examples(tmp_path, log):
-    store = write_store(tmp_path / "store", log, LeaveOneOut(LeaveOneOut.Config()), asked=task("class", {"next": "item"}))
+    store = write_store(
+        tmp_path / "store", log, LeaveOneOut(LeaveOneOut.Config()), asked=task("class", {"next": "item"})
+    )
     assert np.asarray(store.examples.visible).tolist() == [4, 4, 5, 13, 13, 14, 2, 2, 3]
     assert np.asarray(store.examples.split).tolist() == [0, 1, 2] * 3
 

@@ -18,7 +18,13 @@ def con():
 
 @pytest.mark.parametrize(
     "sql",
-    ["count(*)", "sum(amount) FILTER (WHERE kind = 'a')", "list(DISTINCT kind ORDER BY kind)", "count(*) > 1 -- often", "CASE WHEN max(amount) > 1 THEN 1 END"],
+    [
+        "count(*)",
+        "sum(amount) FILTER (WHERE kind = 'a')",
+        "list(DISTINCT kind ORDER BY kind)",
+        "count(*) > 1 -- often",
+        "CASE WHEN max(amount) > 1 THEN 1 END",
+    ],
 )
 def test_one_expression_is_allowed(con, sql):
     check(con, sql, "key")
@@ -51,7 +57,11 @@ def test_anything_else_is_refused(con, sql, words):
 
 
 def test_columns_of_an_expression(con):
-    assert column_names(con, "sum(amount) FILTER (WHERE kind = 'amounts') / count(\"odd name\")") == {"amount", "kind", "odd name"}
+    assert column_names(con, "sum(amount) FILTER (WHERE kind = 'amounts') / count(\"odd name\")") == {
+        "amount",
+        "kind",
+        "odd name",
+    }
 
 
 def test_values_per_example(con):
@@ -78,7 +88,10 @@ def test_conditions_count_null_as_no_and_cover_examples_without_rows(con):
 
 def test_event_types(con):
     assert of_types(None) == "true"
-    kept = con.execute(f"SELECT count(*) FROM (SELECT unnest(['a', 'it''s', 'c']) AS event) WHERE {of_types(['it' + chr(39) + 's', 'c'])}")
+    kept = con.execute(
+        "SELECT count(*) FROM (SELECT unnest(['a', 'it''s', 'c']) AS event) WHERE "
+        f"{of_types(['it' + chr(39) + 's', 'c'])}"
+    )
     assert kept.fetchall() == [(2,)]
     check_events(["a"], ["a", "b"], "key")
     with pytest.raises(UserError, match=r"^key: the log has no events of type 'purchse', did you mean 'purchase'\?"):

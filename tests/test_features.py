@@ -1,4 +1,4 @@
-"""Features: declared SQL over windows before the cut, derived columns and bags, knots from training, the same in serving."""
+"""Features: declared SQL, derived columns and bags of what lies before the cut; knots from training; the same in serving."""
 
 from __future__ import annotations
 
@@ -38,8 +38,14 @@ def raw_features(tmp_path, log, monkeypatch, **groups):
     monkeypatch.setattr("supermoe.data.features.normalise", lambda values, knots: values)
     store = write_store(tmp_path / "store", log, SPLITS, groups, asked=LABEL)
     users = store.users["user"].to_pylist()
-    keys = [(users[u], str(np.datetime64(int(c), "s"))[8:10]) for u, c in zip(store.examples.user, store.examples.cut, strict=True)]
-    return {name: dict(zip(keys, store.features[:, n].tolist(), strict=True)) for n, name in enumerate(store.schema.features)}
+    keys = [
+        (users[u], str(np.datetime64(int(c), "s"))[8:10])
+        for u, c in zip(store.examples.user, store.examples.cut, strict=True)
+    ]
+    return {
+        name: dict(zip(keys, store.features[:, n].tolist(), strict=True))
+        for n, name in enumerate(store.schema.features)
+    }
 
 
 def test_declared_windows_end_before_the_cut(tmp_path, log, monkeypatch):
@@ -92,7 +98,9 @@ def test_columns_without_information_are_left_out(tmp_path, log, monkeypatch):
 
 
 def test_knots_come_from_training_examples(tmp_path, log):
-    store = write_store(tmp_path / "store", log, SPLITS, {"f": {"windows": ["all"], "sql": {"total": "sum(amount)"}}}, asked=LABEL)
+    store = write_store(
+        tmp_path / "store", log, SPLITS, {"f": {"windows": ["all"], "sql": {"total": "sum(amount)"}}}, asked=LABEL
+    )
     knots = vocab.load_feature_knots(store.vocab)["f_total_all"]
     assert (knots.min(), knots.max()) == (7, 64)
     train = store.features[store.rows_of("train"), 0]
@@ -103,7 +111,9 @@ def test_knots_come_from_training_examples(tmp_path, log):
 
 def bag_of(store, name, user, cut):
     """{value: count} of one example."""
-    row = int(np.flatnonzero((np.asarray(store.examples.user) == user) & (np.asarray(store.examples.cut) == seconds(cut)))[0])
+    row = int(
+        np.flatnonzero((np.asarray(store.examples.user) == user) & (np.asarray(store.examples.cut) == seconds(cut)))[0]
+    )
     bag = store.bags[name]
     part = slice(bag.offsets[row], bag.offsets[row + 1])
     values = pq.read_table(store.vocab / f"{store.schema.bags[name].field}.parquet")["value"].to_pylist()
@@ -111,7 +121,9 @@ def bag_of(store, name, user, cut):
 
 
 def test_bags(tmp_path, log):
-    store = write_store(tmp_path / "store", log, SPLITS, {"f": {"windows": ["4d", "all"], "bag": ["item", "tags"]}}, asked=LABEL)
+    store = write_store(
+        tmp_path / "store", log, SPLITS, {"f": {"windows": ["4d", "all"], "bag": ["item", "tags"]}}, asked=LABEL
+    )
     assert list(store.schema.bags) == ["f_item_4d", "f_item_all", "f_tags_4d", "f_tags_all"]
     schema = store.schema.bags["f_item_4d"]
     assert (schema.field, schema.window, schema.size) == ("item", 4 * 86400, store.schema.fields["item"].size)
@@ -124,21 +136,29 @@ def test_bags(tmp_path, log):
 
 def test_auto_bags_large_fields_over_the_two_longest_windows(tmp_path, log, monkeypatch):
     monkeypatch.setattr("supermoe.data.features.SMALL_VOCABULARY", 2)
-    store = write_store(tmp_path / "store", log, SPLITS, {"auto": {"auto": True, "windows": ["1d", "all", "4d"]}}, asked=LABEL)
+    store = write_store(
+        tmp_path / "store", log, SPLITS, {"auto": {"auto": True, "windows": ["1d", "all", "4d"]}}, asked=LABEL
+    )
     assert list(store.schema.bags) == ["auto_item_4d", "auto_item_all", "auto_tags_4d", "auto_tags_all"]
     assert not [name for name in store.schema.features if "count_item" in name]
 
 
 def test_serving_computes_the_same_columns(tmp_path, log):
-    groups = {"auto": {"auto": True, "windows": ["4d", "all"]}, "f": {"windows": ["3d"], "sql": {"gap": "avg(gap_days)"}, "bag": ["item"]}}
+    groups = {
+        "auto": {"auto": True, "windows": ["4d", "all"]},
+        "f": {"windows": ["3d"], "sql": {"gap": "avg(gap_days)"}, "bag": ["item"]},
+    }
     trained = write_store(tmp_path / "store", log, SPLITS, groups, asked=LABEL)
     configs = {name: FeatureConfig(**config) for name, config in groups.items()}
     fitted = vocab.load(trained.vocab, log.fields)
     plan = serving_plan(seconds("2024-01-15"), Eligible(sql="true"))
     with store_under_construction(log, tmp_path / "serving", "true") as (writer, _):
         fitted.register(log.con)
-        for name, vocabulary in fitted.categories.items():  # the events as the model's vocabulary encodes them
-            np.save(writer.folder / f"events/{name}.npy", trained.lists[name].ids if name == "tags" else trained.columns[name])
+        for name in fitted.categories:  # the events as the model's vocabulary encodes them
+            np.save(
+                writer.folder / f"events/{name}.npy",
+                trained.lists[name].ids if name == "tags" else trained.columns[name],
+            )
         knots = vocab.load_feature_knots(trained.vocab)
         examples = write_examples(log, writer, fitted, plan, configs, {}, knots)
         features, split = np.array(writer.read("examples/features")), np.array(writer.read("examples/split"))
@@ -149,7 +169,9 @@ def test_serving_computes_the_same_columns(tmp_path, log):
     assert list(examples.knots) == trained.schema.features
     assert examples.labels == {}
     offsets = trained.bags["f_item_3d"].offsets
-    np.testing.assert_array_equal(counts, np.concatenate([trained.bags["f_item_3d"].counts[offsets[r] : offsets[r + 1]] for r in rows]))
+    np.testing.assert_array_equal(
+        counts, np.concatenate([trained.bags["f_item_3d"].counts[offsets[r] : offsets[r + 1]] for r in rows])
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ SPLITS_OF = {"train": ["2024-01-08"], "valid": "2024-01-15"}
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
     users = frame("user city", ("a", "x"), ("b", "y"), ("c", None))
-    returns = frame("user time reason", ("a", "2024-01-09", "broken"), ("a", "2024-01-16", "late"), ("c", "2024-01-07", "lost"))
+    returns = frame(
+        "user time reason", ("a", "2024-01-09", "broken"), ("a", "2024-01-16", "late"), ("c", "2024-01-07", "lost")
+    )
     return staged(tmp_path_factory.mktemp("log"), EVENTS, users, returns=returns)
 
 
@@ -44,7 +46,11 @@ def answers(store, name="asked"):
     if schema.kind == "set":
         sets = [set(label.ids[a:b].tolist()) for a, b in zip(label.offsets[:-1], label.offsets[1:], strict=True)]
         names = schema.classes
-        return {key: {names[i] for i in ids} if names else ids for key, ids, asked in zip(keys, sets, label.asked, strict=True) if asked}
+        return {
+            key: {names[i] for i in ids} if names else ids
+            for key, ids, asked in zip(keys, sets, label.asked, strict=True)
+            if asked
+        }
     asked = ~np.isnan(label) if schema.kind == "number" else label >= 0
     values = [schema.classes[i] for i in np.maximum(label, 0)] if schema.classes else label.tolist()
     return {key: value for key, value, is_asked in zip(keys, values, asked, strict=True) if is_asked}
@@ -63,7 +69,15 @@ def test_the_window_holds_its_first_second_and_not_its_end(tmp_path, log):
 
 def test_event_types_and_empty(tmp_path, log):
     store = ask(tmp_path, log, "number", {"window": "7d", "sql": "false", "empty": True, "events": ["buy"]})
-    expected = {("a", TRAIN): 0, ("a", VALID): 0, ("b", TRAIN): 1, ("b", VALID): 1, ("c", TRAIN): 0, ("c", VALID): 1, ("d", VALID): 1}
+    expected = {
+        ("a", TRAIN): 0,
+        ("a", VALID): 0,
+        ("b", TRAIN): 1,
+        ("b", VALID): 1,
+        ("c", TRAIN): 0,
+        ("c", VALID): 1,
+        ("d", VALID): 1,
+    }
     assert answers(store) == expected
 
 
@@ -93,7 +107,9 @@ def test_first_keeps_the_rows_of_the_earliest_time(tmp_path, log):
     assert {key: {items[i] for i in ids} for key, ids in answers(store).items()} == {
         ("a", TRAIN): {"tea", "rum"}, ("a", VALID): {"ale"}, ("b", VALID): {"tea"}, ("c", TRAIN): {"ale"}
     }  # fmt: skip
-    assert store.schema.labels["asked"].num_classes == store.schema.fields["item"].size == 5  # gin is not in training time
+    assert (
+        store.schema.labels["asked"].num_classes == store.schema.fields["item"].size == 5
+    )  # gin is not in training time
 
 
 def test_values_outside_the_vocabulary_are_left_out_of_sets(tmp_path, log):
@@ -112,7 +128,11 @@ def read_vocabulary(store, field):
 def test_next_event_in_the_window(tmp_path, log):
     store = ask(tmp_path, log, "class", {"window": "7d", "next": "item", "events": ["buy"]})
     items = read_vocabulary(store, "item")
-    assert {key: items[i] for key, i in answers(store).items()} == {("a", TRAIN): "tea", ("a", VALID): "ale", ("c", TRAIN): "ale"}
+    assert {key: items[i] for key, i in answers(store).items()} == {
+        ("a", TRAIN): "tea",
+        ("a", VALID): "ale",
+        ("c", TRAIN): "ale",
+    }
 
 
 def test_other_tables(tmp_path, log):
@@ -146,7 +166,13 @@ def test_attributes_are_asked_in_the_split_of_the_user(tmp_path):
     events = frame("user time event item", *[(u, f"2024-01-0{d}", "v", "x") for u in users for d in (1, 9)])
     log = staged(tmp_path / "scratch", events, pd.DataFrame({"user": users, "city": ["x", "y"] * 30}))
     folds = UserFolds(folds=3, fold=2)
-    store = ask(tmp_path, log, "class", {"attribute": "city"}, splits={"train": ["2024-01-08"], "valid": "2024-01-09", "users": folds})
+    store = ask(
+        tmp_path,
+        log,
+        "class",
+        {"attribute": "city"},
+        splits={"train": ["2024-01-08"], "valid": "2024-01-09", "users": folds},
+    )
     names = {0: SPLITS["valid"], 1: SPLITS["train"], 2: SPLITS["test"]}
     asked = {(u, c) for u, c in answers(store)}
     cut = {SPLITS["train"]: TRAIN, SPLITS["valid"]: seconds("2024-01-09")}
@@ -171,7 +197,11 @@ def test_leave_one_out_asks_for_the_held_out_events(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "label", "words"),
     [
-        ("number", {"sql": "sum(amont)"}, ["tasks.asked.label.sql", "amont", "Columns at hand:", "amount", "ahead_days"]),
+        (
+            "number",
+            {"sql": "sum(amont)"},
+            ["tasks.asked.label.sql", "amont", "Columns at hand:", "amount", "ahead_days"],
+        ),
         ("number", {"sql": "sum(amount"}, ["tasks.asked.label.sql", "not valid SQL"]),
         ("number", {"sql": "(SELECT max(amount) FROM log)"}, ["tasks.asked.label.sql", "sub-select", "one aggregate"]),
         ("number", {"sql": "sum(amount) OVER ()"}, ["tasks.asked.label.sql", "window function"]),

@@ -31,7 +31,9 @@ def test_automatic_cuts_fill_the_data(tmp_path):
     cuts = plan(daily(tmp_path, 35)).cuts
     assert dates(cuts["test"]) == ["2024-01-29"]  # its week ends with the data, at midnight after the last event
     assert dates(cuts["valid"]) == ["2024-01-22"]
-    assert dates(cuts["train"]) == ["2024-01-15"]  # 2024-01-08 has less than a week of history: the first event is at noon
+    assert dates(cuts["train"]) == [
+        "2024-01-15"
+    ]  # 2024-01-08 has less than a week of history: the first event is at noon
 
 
 def test_automatic_cuts_stop_at_the_limit(tmp_path):
@@ -54,14 +56,28 @@ def test_series_and_lists_of_cuts(tmp_path):
 def test_candidates_count_the_events_before_each_cut(tmp_path):
     log = staged(
         tmp_path,
-        frame("user time event item", ("a", "2024-01-02", "v", "x"), ("a", "2024-01-09", "v", "x"), ("b", "2024-01-20", "v", "y")),
+        frame(
+            "user time event item",
+            ("a", "2024-01-02", "v", "x"),
+            ("a", "2024-01-09", "v", "x"),
+            ("b", "2024-01-20", "v", "y"),
+        ),
         frame("user age", ("c", 7)),
     )
     chosen = plan(log, train=["2024-01-09"], valid="2024-01-10", labels={})
-    found = log.con.execute(f"SELECT user_row, epoch(cut)::BIGINT, visible, split FROM ({chosen.candidates_sql}) ORDER BY ALL").fetchall()
+    found = log.con.execute(
+        f"SELECT user_row, epoch(cut)::BIGINT, visible, split FROM ({chosen.candidates_sql}) ORDER BY ALL"
+    ).fetchall()
     first, second = seconds("2024-01-09"), seconds("2024-01-10")
     # the event at the cut itself is not visible; user c has no events at all
-    assert found == [(0, first, 1, 0), (0, second, 2, 1), (1, first, 0, 0), (1, second, 0, 1), (2, first, 0, 0), (2, second, 0, 1)]
+    assert found == [
+        (0, first, 1, 0),
+        (0, second, 2, 1),
+        (1, first, 0, 0),
+        (1, second, 0, 1),
+        (2, first, 0, 0),
+        (2, second, 0, 1),
+    ]
 
 
 def test_training_rows_end_at_the_last_training_cut(tmp_path):
@@ -75,7 +91,10 @@ def test_training_rows_end_at_the_last_training_cut(tmp_path):
     ("config", "words"),
     [
         ({"train": ["2024-01-23"], "valid": "2024-01-29"}, ["data.splits.train", "2024-01-30", "valid cut 2024-01-29"]),
-        ({"train": ["2024-01-15"], "valid": "2024-01-22", "test": "2024-01-28"}, ["data.splits.valid", "test cut 2024-01-28"]),
+        (
+            {"train": ["2024-01-15"], "valid": "2024-01-22", "test": "2024-01-28"},
+            ["data.splits.valid", "test cut 2024-01-28"],
+        ),
         ({"train": ["2024-01-15"], "test": "2024-01-20"}, ["data.splits.train", "test cut 2024-01-20"]),
         ({"train": ["2024-01-15"], "valid": "2024-02-05"}, ["data.splits.valid", "2024-02-12", "log ends at"]),
         ({"train": ["2024-01-15", "2024-01-15"]}, ["data.splits.train", "2024-01-15 stands twice"]),
@@ -100,7 +119,9 @@ def test_a_window_may_end_with_the_last_day(tmp_path):
 
 
 def test_a_short_log_is_refused_with_its_span(tmp_path):
-    with pytest.raises(UserError, match=r"spans 2024-01-01T12:00:00 to 2024-01-10T12:00:00, too short for automatic cuts"):
+    with pytest.raises(
+        UserError, match=r"spans 2024-01-01T12:00:00 to 2024-01-10T12:00:00, too short for automatic cuts"
+    ):
         plan(daily(tmp_path, 10))
 
 
@@ -133,7 +154,12 @@ def test_refused_folds(bad):
 
 def leave_one_out(path):
     rows = [("a", f"2024-01-0{d}", "v", f"i{d}") for d in range(1, 6)]
-    rows += [("b", "2024-01-01", "v", "x"), ("b", "2024-01-01", "v", "y"), ("b", "2024-01-01", "v", "z"), ("c", "2024-01-02", "v", "x")]
+    rows += [
+        ("b", "2024-01-01", "v", "x"),
+        ("b", "2024-01-01", "v", "y"),
+        ("b", "2024-01-01", "v", "z"),
+        ("c", "2024-01-02", "v", "x"),
+    ]
     return staged(path, frame("user time event item", *rows))
 
 
@@ -141,8 +167,8 @@ def test_leave_one_out_targets_the_last_two_events(tmp_path):
     log = leave_one_out(tmp_path)
     chosen = LeaveOneOut(LeaveOneOut.Config()).plan(log.con, {"item": WindowLabel(next="item")})
     found = log.con.execute(
-        f"SELECT x.user_row, visible, split, item FROM ({chosen.candidates_sql}) AS x JOIN log ON log.user_row = x.user_row "
-        f"AND log.position = visible AND log.time = cut ORDER BY ALL"
+        f"SELECT x.user_row, visible, split, item FROM ({chosen.candidates_sql}) AS x JOIN log ON log.user_row = "
+        "x.user_row AND log.position = visible AND log.time = cut ORDER BY ALL"
     ).fetchall()
     # (user, visible, split, the event at the cut); b's events share one time and keep the file's order; c is too short
     assert found == [(0, 3, 0, "i4"), (0, 3, 1, "i4"), (0, 4, 2, "i5"), (1, 1, 0, "y"), (1, 1, 1, "y"), (1, 2, 2, "z")]
@@ -153,5 +179,3 @@ def test_leave_one_out_targets_the_last_two_events(tmp_path):
 def test_leave_one_out_refuses_window_labels(tmp_path):
     with pytest.raises(UserError, match=r"tasks\.spend\.label\.sql.*data\.splits\.type: time"):
         LeaveOneOut(LeaveOneOut.Config()).plan(leave_one_out(tmp_path).con, LABEL)
-
-

@@ -1,8 +1,8 @@
 """What can be counted in packed histories without being told how: the aggregates that `auto` features derive, and bags.
 
-Everything is computed for a chunk of examples at once, from the events that each of them may see. Letters: N events of the chunk laid
-end to end, B examples, R rows (events inside the window of each example, an event once per example that sees it), M moments (distinct
-times of a user).
+Everything is computed for a chunk of examples at once, from the events that each of them may see. Letters: N events of
+the chunk laid end to end, B examples, R rows (events inside the window of each example, an event once per example that
+sees it), M moments (distinct times of a user).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Values:
 
 @dataclass(frozen=True)
 class History:
-    """A chunk's events, and the range of them that each example may see: rows `start_B[b]:end_B[b]`, all before `cut_B[b]`."""
+    """A chunk's events, and those that each example may see: rows `start_B[b]:end_B[b]`, all before `cut_B[b]`."""
 
     user_N: np.ndarray  # rising
     time_N: np.ndarray  # int64 seconds UTC, rising within a user
@@ -148,7 +148,7 @@ def expand(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bag(window: Window, values: Values, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The up to `limit` most frequent ids of each example -> (length of each bag [B], ids, counts), ids rising within a bag."""
+    """The up to `limit` most frequent ids of each example -> (length of each bag [B], ids rising in a bag, counts)."""
     owner, ids, counts = window.count(values)
     length = np.bincount(owner, minlength=len(window.end_B))
     if len(length) and length.max() > limit:
@@ -160,7 +160,7 @@ def bag(window: Window, values: Values, limit: int) -> tuple[np.ndarray, np.ndar
 
 
 def window_aggregates(history: History, seconds: int, small: int) -> dict[str, np.ndarray]:
-    """Counts, sums, means and distinct values within a window; fields with up to `small` values are counted value by value."""
+    """Counts, sums, means, distinct values within a window; fields of up to `small` values are counted value by value."""
     window, tag = Window(history.begin(seconds), history.end_B), format_duration(seconds)
     scale = _per_month(history) if seconds == ALL_TIME else np.ones(len(history.end_B))
     moments = window.distinct(history, 1)

@@ -1,4 +1,4 @@
-"""The leak audit: what a finished store must not know, checked again from its columns and the log, apart from the code that wrote it.
+"""The leak audit: what a store must not know, checked again from its columns and the log, apart from the code that wrote it.
 
     order       every visible event lies before the example's cut, and no invisible one does
     windows     label windows lie inside the data, and end before the next split's cut
@@ -34,9 +34,14 @@ SAMPLE = 1_000  # texts that must all be dates for their column to be taken for 
 
 
 def audit(
-    staged: Staged, folder: Path, plan: Plan, schema: Schema, features: Mapping[str, FeatureConfig], tasks: Mapping[str, Any]
+    staged: Staged,
+    folder: Path,
+    plan: Plan,
+    schema: Schema,
+    features: Mapping[str, FeatureConfig],
+    tasks: Mapping[str, Any],
 ) -> list[str]:
-    """Check the store in `folder` against the log; returns the names of the checks, or raises one UserError that lists every leak."""
+    """Check the store in `folder` against the log; returns the checks' names, or raises a UserError that lists every leak."""
     store = _Evidence(staged, folder, plan, schema, features, tasks)
     leaks = [f"{name}: {leak}" for name, check in CHECKS.items() for leak in check(store)]
     if leaks:
@@ -75,7 +80,10 @@ class _Evidence:
         offsets = self.offsets()
         size = len(np.load(self.folder / "examples/user.npy", mmap_mode="r"))
         for first in range(0, size, BLOCK):
-            block = {name: self.read(f"examples/{name}", first, first + BLOCK) for name in ("user", "cut", "visible", "split")}
+            block = {
+                name: self.read(f"examples/{name}", first, first + BLOCK)
+                for name in ("user", "cut", "visible", "split")
+            }
             yield block | {"first": np.int64(first), "start": offsets[block["user"]], "end": offsets[block["user"] + 1]}
 
     def is_training(self, first: int, end: int) -> np.ndarray:
@@ -94,7 +102,8 @@ def _order(store: _Evidence) -> Iterator[str]:
         begin = max(first - 1, 0)
         back = (np.diff(store.read("events/time", begin, end)) < 0) & ~is_first[begin + 1 : end]
         if back.any():
-            yield f"event row {begin + 1 + int(np.argmax(back))} lies before the one that it follows in its user's history"
+            row = begin + 1 + int(np.argmax(back))
+            yield f"event row {row} lies before the one that it follows in its user's history"
             break
     seen, missed = 0, 0
     for block in store.examples():
@@ -133,14 +142,14 @@ def _windows(store: _Evidence) -> Iterator[str]:
             yield f"the {name} cut {format_instant(low)} has no event before it"
         if high + window > store.staged.last_time + DAY:
             yield (
-                f"the label window of {format_duration(window)} after the {name} cut {format_instant(high)} ends after the data "
-                f"({format_instant(store.staged.last_time)})"
+                f"the label window of {format_duration(window)} after the {name} cut {format_instant(high)} ends after "
+                f"the data ({format_instant(store.staged.last_time)})"
             )
     for earlier, later in (("train", "valid"), ("train", "test"), ("valid", "test")):
         if earlier in ranges and later in ranges and ranges[earlier][1] + window > ranges[later][0]:
             yield (
-                f"the label window of the {earlier} cut {format_instant(ranges[earlier][1])} ends after the {later} cut "
-                f"{format_instant(ranges[later][0])}"
+                f"the label window of the {earlier} cut {format_instant(ranges[earlier][1])} ends after the {later} "
+                f"cut {format_instant(ranges[later][0])}"
             )
 
 
@@ -158,7 +167,7 @@ def _fitting(store: _Evidence) -> Iterator[str]:
         wrong = np.flatnonzero(_training_counts(store, name)[FIRST_ID:] != np.asarray(vocabulary.counts))
         if len(wrong):
             value = vocabulary.values[int(wrong[0])].as_py()
-            yield f"the vocabulary of '{name}' counts {len(wrong)} values, such as {value!r}, that do not occur so often in training time"
+            yield f"the vocabulary of '{name}' counts {len(wrong)} values, such as {value!r}, beyond training time"
     yield from _feature_knots(store)
 
 
@@ -207,8 +216,9 @@ def _bags(store: _Evidence) -> Iterator[str]:
             offsets = store.read(f"examples/bags/{name}.offsets", first, first + len(block["user"]) + 1)
             counts = store.read(f"examples/bags/{name}.counts", int(offsets[0]), int(offsets[-1])).astype(np.float64)
             total = np.diff(np.append(0, np.cumsum(counts))[offsets - offsets[0]])
-            if (total > block["visible"]).any():
-                yield f"the bag '{name}' counts more events than {int((total > block['visible']).sum())} examples can see"
+            beyond = int((total > block["visible"]).sum())
+            if beyond:
+                yield f"the bag '{name}' counts more events than {beyond} examples can see"
                 break
 
 
@@ -221,12 +231,17 @@ def _users(store: _Evidence) -> Iterator[str]:
         asked = _asked(store, task)
         user, split = store.read("examples/user")[asked], store.read("examples/split")[asked]
         pairs = np.unique(np.stack([user, split], 1), axis=0)
-        names = dict(store.staged.con.execute('SELECT user_row, CAST("user" AS VARCHAR) FROM people').fetchall()) if len(pairs) else {}
+        names = (
+            dict(store.staged.con.execute('SELECT user_row, CAST("user" AS VARCHAR) FROM people').fetchall())
+            if len(pairs)
+            else {}
+        )
         code = {folds.fold: SPLITS["test"], (folds.fold + 1) % folds.folds: SPLITS["valid"]}
         wrong = [row for row, split in pairs.tolist() if code.get(folds.bucket(names[row]), SPLITS["train"]) != split]
         if wrong:
             yield (
-                f"tasks.{task}: the attribute of {len(set(wrong))} users, such as {names[wrong[0]]}, is asked in a split that is not theirs"
+                f"tasks.{task}: the attribute of {len(set(wrong))} users, such as {names[wrong[0]]}, is asked in a "
+                "split that is not theirs"
             )
 
 
@@ -253,11 +268,13 @@ def _dates(store: _Evidence) -> Iterator[str]:
         if not is_date:
             continue
         late = f"CAST({value} AS DATE) > CAST(time AS DATE)" if types[column] == "DATE" else f"{value} > time"
-        number, of = con.execute(f"SELECT count(*) FILTER (WHERE {late}), count({quote(column)}) FROM log").fetchall()[0]
+        number, of = con.execute(f"SELECT count(*) FILTER (WHERE {late}), count({quote(column)}) FROM log").fetchall()[
+            0
+        ]
         if number:
             yield (
-                f"'{column}' (read by {', '.join(readers)}) lies after its own event in {number} of {of} rows, so it was written later; "
-                f"leave it out"
+                f"'{column}' (read by {', '.join(readers)}) lies after its own event in {number} of {of} rows, so it "
+                "was written later; leave it out"
             )
 
 

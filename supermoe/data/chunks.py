@@ -1,13 +1,15 @@
 """Users taken in portions that fit in memory, with their events and examples as tables that SQL can ask.
 
-While a chunk is at hand the connection holds `chunk_events` (the chunk's rows of `log` and `gap_days`, the days since the user's
-previous event) and `chunk_examples` (_example, user_row, cut, visible, split); `_example` is the row among all examples of the store.
+While a chunk is at hand the connection holds `chunk_events` (the chunk's rows of `log` and `gap_days`, the days since
+the user's previous event) and `chunk_examples` (_example, user_row, cut, visible, split); `_example` is the row among
+all examples of the store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import duckdb
 import numpy as np
@@ -18,7 +20,11 @@ from supermoe.data.splits import Plan
 from supermoe.data.staging import Staged
 from supermoe.typed_yaml import ALL_TIME
 
-EVENTS, EXAMPLES, VISIBLE = 1_000_000, 50_000, 4_000_000  # a chunk ends where the sum of its shares of these reaches one
+EVENTS, EXAMPLES, VISIBLE = (
+    1_000_000,
+    50_000,
+    4_000_000,
+)  # a chunk ends where the sum of its shares of these reaches one
 
 
 @dataclass(frozen=True)
@@ -46,22 +52,27 @@ def chunks(staged: Staged, plan: Plan) -> Iterator[Chunk]:
     check_events(plan.eligible.events, staged.event_types, "data.splits.eligible.events")
     con.execute(f"CREATE OR REPLACE TEMP TABLE candidates AS {plan.candidates_sql}")
     people = con.execute(
-        "SELECT first_row, num_events, num_examples, visible FROM people LEFT JOIN (SELECT user_row, count(*) AS num_examples, "
-        "sum(visible) AS visible FROM candidates GROUP BY user_row) USING (user_row) ORDER BY user_row"
+        "SELECT first_row, num_events, num_examples, visible FROM people LEFT JOIN (SELECT user_row, count(*) AS "
+        "num_examples, sum(visible) AS visible FROM candidates GROUP BY user_row) USING (user_row) ORDER BY user_row"
     ).fetchnumpy()
     first_row, num_events = people["first_row"].astype(np.int64), people["num_events"].astype(np.int64)
     num_examples, visible = (np.ma.filled(people[name], 0).astype(np.float64) for name in ("num_examples", "visible"))
     share = np.cumsum(num_events / EVENTS + num_examples / EXAMPLES + visible / VISIBLE).astype(np.int64)
     edges = [0, *(np.flatnonzero(np.diff(share)) + 1), len(share)]
     first_example = 0
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
+    for first, end in pairwise(edges):
         _load(con, first, end)
         _keep_eligible(con, plan, first_example)
         rows = con.execute(
             f"SELECT user_row, epoch_us(cut) // 1000000 AS cut, visible, split FROM chunk_examples ORDER BY {EXAMPLE}"
         ).fetchnumpy()
         offsets = np.append(first_row[first:end], first_row[end - 1] + num_events[end - 1])
-        chunk = Chunk(first, offsets, first_example, *(rows[name].astype(np.int64) for name in ("user_row", "cut", "visible", "split")))
+        chunk = Chunk(
+            first,
+            offsets,
+            first_example,
+            *(rows[name].astype(np.int64) for name in ("user_row", "cut", "visible", "split")),
+        )
         first_example += chunk.num_examples
         yield chunk
     for table in ("candidates", "chunk_events", "chunk_examples"):
@@ -71,12 +82,12 @@ def chunks(staged: Staged, plan: Plan) -> Iterator[Chunk]:
 def _load(con: duckdb.DuckDBPyConnection, first: int, end: int) -> None:
     """Make `chunk_events`, and `chunk_examples` with all candidates of the users."""
     con.execute(
-        "CREATE OR REPLACE TEMP TABLE chunk_events AS SELECT *, epoch(time - lag(time) OVER (PARTITION BY user_row ORDER BY position)) "
-        f"/ 86400 AS gap_days FROM log WHERE user_row >= {first} AND user_row < {end}"
+        "CREATE OR REPLACE TEMP TABLE chunk_events AS SELECT *, epoch(time - lag(time) OVER (PARTITION BY user_row "
+        f"ORDER BY position)) / 86400 AS gap_days FROM log WHERE user_row >= {first} AND user_row < {end}"
     )
     con.execute(
-        f"CREATE OR REPLACE TEMP TABLE chunk_examples AS SELECT row_number() OVER (ORDER BY user_row, cut, split) - 1 AS {EXAMPLE}, * "
-        f"FROM candidates WHERE user_row >= {first} AND user_row < {end}"
+        "CREATE OR REPLACE TEMP TABLE chunk_examples AS SELECT row_number() OVER (ORDER BY user_row, cut, split) - 1 "
+        f"AS {EXAMPLE}, * FROM candidates WHERE user_row >= {first} AND user_row < {end}"
     )
 
 
@@ -87,8 +98,9 @@ def _keep_eligible(con: duckdb.DuckDBPyConnection, plan: Plan, first_example: in
     kept = np.flatnonzero(holds(con, rows, plan.eligible.sql, 0, size, "data.splits.eligible.sql"))
     con.register("kept_examples", {"number": kept})
     con.execute(
-        f"CREATE OR REPLACE TEMP TABLE chunk_examples AS SELECT {first_example} + row_number() OVER (ORDER BY {EXAMPLE}) - 1 AS {EXAMPLE}, "
-        f"* EXCLUDE ({EXAMPLE}) FROM chunk_examples WHERE {EXAMPLE} IN (SELECT number FROM kept_examples)"
+        f"CREATE OR REPLACE TEMP TABLE chunk_examples AS SELECT {first_example} + row_number() OVER (ORDER BY "
+        f"{EXAMPLE}) - 1 AS {EXAMPLE}, * EXCLUDE ({EXAMPLE}) FROM chunk_examples WHERE {EXAMPLE} IN (SELECT number "
+        "FROM kept_examples)"
     )
     con.unregister("kept_examples")
 
@@ -100,7 +112,7 @@ def is_eligible(con: duckdb.DuckDBPyConnection, chunk: Chunk, eligible: Eligible
 
 
 def history_rows(window: int, events: list[str] | None) -> str:
-    """SELECT of what each example of the chunk knows: its user's rows before the cut and at most `window` seconds before it.
+    """SELECT of what each example of the chunk knows: its user's rows in the `window` seconds before the cut.
 
     Columns: those of the log, `gap_days`, and `age_days` (days before the cut).
     """

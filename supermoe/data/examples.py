@@ -1,4 +1,4 @@
-"""The examples of a store: who is asked at which cut, what is known before it (features, bags), what happened after it (labels)."""
+"""The examples of a store: who is asked at which cut, what is known before it, and what happened after it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def write_examples(
 ) -> Examples:
     """Write examples/ into a store whose events are written and whose vocabularies are registered on the connection.
 
-    `tasks` maps names to task configs (none in serving). `knots` are a fitted model's (serving), or None to fit them on the training
-    examples. Of each of the `conditions` (serving) the column labels/<name>.asked says for whom it holds. Raises UserError where a label, feature or condition cannot be computed, or a split has no examples.
+    `tasks` maps names to task configs (none in serving). `knots` are a fitted model's (serving), or None to fit them on
+    the training examples. Of each of the `conditions` (serving) the column labels/<name>.asked says for whom it holds.
+    Raises UserError where a label, feature or condition cannot be computed, or a split has no examples.
     """
     columns = {name: writer.column(f"examples/{name}", dtype) for name, dtype in _COLUMNS.items()}
     feature_columns = Features(staged, writer, vocabularies, features, knots)

@@ -1,13 +1,13 @@
 """SQL that users write: one aggregate expression, evaluated per example over rows that are all it can see.
 
-Labels, features and eligibility are such expressions. They may not hold sub-selects or window functions, so the only rows within
-their reach are those of the relation that they are evaluated on, and an example never sees another one's.
+Labels, features and eligibility are such expressions. They may not hold sub-selects or window functions, so the only
+rows within their reach are those of the relation that they are evaluated on, and an example never sees another one's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import duckdb
@@ -27,7 +27,7 @@ def of_types(events: list[str] | None) -> str:
     return f"event IN ({', '.join(text(event) for event in events)})"
 
 
-def check_events(events: list[str] | None, event_types: list[str], key: str) -> None:
+def check_events(events: list[str] | None, event_types: Iterable[str], key: str) -> None:
     """Refuse event types that the log does not hold."""
     for event in events or []:
         if event not in event_types:
@@ -47,8 +47,8 @@ def check(con: duckdb.DuckDBPyConnection, sql: str, key: str) -> None:
         if node.get("class") in ("SUBQUERY", "WINDOW"):
             what = "a sub-select" if node["class"] == "SUBQUERY" else "a window function"
             raise UserError(
-                f"{key}: {what} could look beyond the example's own rows and is not allowed (in: {sql}); write one aggregate over them, "
-                f"for example count(*) FILTER (WHERE amount > 10)."
+                f"{key}: {what} could look beyond the example's own rows and is not allowed (in: {sql}); write one "
+                "aggregate over them, for example count(*) FILTER (WHERE amount > 10)."
             )
 
 
@@ -72,7 +72,7 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def evaluate(con: duckdb.DuckDBPyConnection, rows: str, expressions: Mapping[str, str], key: str) -> pa.Table:
-    """One row per example that has rows, with a column for each expression (name -> SQL); DuckDB's errors become UserErrors.
+    """One row per example that has rows, with a column for each expression (name -> SQL); errors are UserErrors.
 
     `rows` is a SELECT with a column `_example` beside those that expressions may use.
     """
@@ -81,7 +81,7 @@ def evaluate(con: duckdb.DuckDBPyConnection, rows: str, expressions: Mapping[str
 
 
 def run(con: duckdb.DuckDBPyConnection, query: str, rows: str, key: str) -> pa.Table:
-    """Run a query that holds a user's SQL over `rows`; an error names the key, DuckDB's message and the columns there are."""
+    """Run a query that holds a user's SQL over `rows`; an error names the key, DuckDB's message and the columns."""
     try:
         return con.sql(query).to_arrow_table()
     except duckdb.Error as error:
@@ -94,7 +94,12 @@ def over_nothing(con: duckdb.DuckDBPyConnection, rows: str, expressions: Mapping
     """Value of each expression over no rows at all (0 for count, null for sum): what an example without rows gets."""
     values = {}
     for name, sql in expressions.items():
-        table = run(con, f"SELECT (\n{sql}\n) AS value, count(*) FROM ({rows} LIMIT 0) AS rows", rows, f"{key}.{name}" if name else key)
+        table = run(
+            con,
+            f"SELECT (\n{sql}\n) AS value, count(*) FROM ({rows} LIMIT 0) AS rows",
+            rows,
+            f"{key}.{name}" if name else key,
+        )
         values[name] = table["value"][0].as_py()
     return values
 

@@ -1,7 +1,7 @@
-"""Inputs declared over windows before the cut: SQL aggregates, aggregates derived from the schema, bags of field values.
+"""Inputs declared over windows before the cut: SQL aggregates, aggregates derived from the fields, bags of values.
 
-Numbers become columns of `examples/features.npy`, quantile-normalised to [0, 1] with knots fitted on the training examples; bags
-become ids with counts. Training and serving run this same code, so they agree.
+Numbers become columns of `examples/features.npy`, quantile-normalised to [0, 1] with knots fitted on the training
+examples; bags become ids with counts. Training and serving run this same code, so they agree.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from supermoe.config import FeatureConfig
-from supermoe.data.aggregates import History, Values, Window, bag, lifetime_aggregates, once_per_moment, window_aggregates
+from supermoe.data.aggregates import (
+    History,
+    Values,
+    Window,
+    bag,
+    lifetime_aggregates,
+    once_per_moment,
+    window_aggregates,
+)
 from supermoe.data.chunks import Chunk, history_rows
 from supermoe.data.expressions import EXAMPLE, check, check_events, evaluate, of_types, over_nothing
 from supermoe.data.schema import BagSchema
@@ -85,7 +93,11 @@ class Features:
                 bag_writer.close()
         train = np.concatenate([np.zeros(0, bool), *self._train])
         shape = (len(train), len(self.names))
-        raw = np.memmap(self._raw, np.float32, "r", shape=shape) if len(train) * len(self.names) else np.zeros(shape, np.float32)
+        raw = (
+            np.memmap(self._raw, np.float32, "r", shape=shape)
+            if len(train) * len(self.names)
+            else np.zeros(shape, np.float32)
+        )
         knots = self._fit(raw, np.flatnonzero(train)) if self.knots is None else self.knots
         position = {name: index for index, name in enumerate(self.names)}
         with self.writer.column("examples/features", np.float32, width=len(knots)) as column:
@@ -163,8 +175,8 @@ class Features:
                 values[example] = table[name].to_numpy()
                 if np.isinf(values).any():
                     raise UserError(
-                        f"{key}.{name}: the value is infinite for {np.isinf(values).sum()} examples (in: {config.sql[name]}); guard "
-                        f"divisions and logarithms, for example with nullif(x, 0)."
+                        f"{key}.{name}: the value is infinite for {np.isinf(values).sum()} examples (in: "
+                        f"{config.sql[name]}); guard divisions and logarithms, for example with nullif(x, 0)."
                     )
                 columns[f"{group}_{name}_{format_duration(window)}"] = values
         return columns
@@ -224,5 +236,8 @@ def _check(staged: Staged, vocabularies: Mapping[str, Vocabulary], groups: Mappi
             check(staged.con, sql, f"features.{group}.sql.{name}")
         for name in config.bag:
             if name not in vocabularies:
-                raise UserError(f"features.{group}.bag: '{name}' is not a category field of the events, {nearest(name, vocabularies)}.")
+                raise UserError(
+                    f"features.{group}.bag: '{name}' is not a category field of the events, "
+                    f"{nearest(name, vocabularies)}."
+                )
         check_events(config.events, staged.event_types, f"features.{group}.events")

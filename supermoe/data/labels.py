@@ -1,8 +1,9 @@
 """Labels: what is asked of each example under each task, computed from what happened after its cut.
 
-A label is an SQL aggregate over the rows of `[cut, cut + window)`, the value of a field in the next event, or a static attribute
-of the user; see `supermoe.config.WindowLabel`. Nothing outside the window is within the expression's reach. Raw answers wait in
-DuckDB tables (which spill) until all chunks are through; then classes are fitted on the training examples and answers encoded.
+A label is an SQL aggregate over the rows of `[cut, cut + window)`, the value of a field in the next event, or a static
+attribute of the user; see `supermoe.config.WindowLabel`. Nothing outside the window is within the expression's reach.
+Raw answers wait in DuckDB tables (which spill) until all chunks are through; then classes are fitted on the training
+examples and answers encoded.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Labels:
             answers = self._answers(task, label)
             _check_type(task, config, answers["value"].type)
             self.con.register("answers", answers)
-            self.con.register("asked", {EXAMPLE: chunk.first_example + np.flatnonzero(self._asked(task, config, chunk))})
+            self.con.register(
+                "asked", {EXAMPLE: chunk.first_example + np.flatnonzero(self._asked(task, config, chunk))}
+            )
             select = (
                 f"SELECT {EXAMPLE}, CASE WHEN answers.{EXAMPLE} IS NULL THEN $empty ELSE value END AS value "
                 f"FROM asked LEFT JOIN answers USING ({EXAMPLE})"
@@ -64,7 +67,9 @@ class Labels:
         self.con.register("example_splits", {EXAMPLE: np.arange(len(split)), "split": split})
         schemas, summary = {}, {}
         for task, config in self.tasks.items():
-            encode = {"number": self._write_number, "class": self._write_class, "set": self._write_set}[config.label_kind]
+            encode = {"number": self._write_number, "class": self._write_class, "set": self._write_set}[
+                config.label_kind
+            ]
             schemas[task], summary[task] = encode(task, config.label, split)
             self.con.execute(f"DROP TABLE {_table(task)}")
         self.con.unregister("example_splits")
@@ -80,8 +85,10 @@ class Labels:
                 f"WHERE {same_split} AND value IS NOT NULL"
             ).to_arrow_table()
         if label.next is not None:
-            query = f"SELECT {EXAMPLE}, {quote(label.next)} AS value FROM ({rows}) QUALIFY position = min(position) OVER (PARTITION BY {EXAMPLE})"
-            return self.con.sql(query).to_arrow_table()
+            return self.con.sql(
+                f"SELECT {EXAMPLE}, {quote(label.next)} AS value FROM ({rows}) "
+                f"QUALIFY position = min(position) OVER (PARTITION BY {EXAMPLE})"
+            ).to_arrow_table()
         assert label.sql is not None
         if label.first:
             rows = f"SELECT * FROM ({rows}) QUALIFY time = min(time) OVER (PARTITION BY {EXAMPLE})"
@@ -98,14 +105,16 @@ class Labels:
         return asked
 
     def _write_number(self, task: str, label: WindowLabel, split: np.ndarray) -> tuple[LabelSchema, dict[str, Any]]:
-        found = self.con.execute(f"SELECT {EXAMPLE}, CAST(value AS DOUBLE) AS value FROM {_table(task)} WHERE value IS NOT NULL").fetchnumpy()
+        found = self.con.execute(
+            f"SELECT {EXAMPLE}, CAST(value AS DOUBLE) AS value FROM {_table(task)} WHERE value IS NOT NULL"
+        ).fetchnumpy()
         values = np.full(len(split), np.nan, np.float32)
         values[found[EXAMPLE]] = found["value"]
         finite = np.isfinite(found["value"])
         if not finite.all():
             raise UserError(
-                f"tasks.{task}.label: {(~finite).sum()} of {len(finite)} labels are NaN or infinite; guard divisions and logarithms, for "
-                f"example with nullif(x, 0), and filter NaN out of the column."
+                f"tasks.{task}.label: {(~finite).sum()} of {len(finite)} labels are NaN or infinite; guard divisions "
+                "and logarithms, for example with nullif(x, 0), and filter NaN out of the column."
             )
         asked = ~np.isnan(values)
         self._check_training(task, values[asked & (split == SPLITS["train"])])
@@ -115,7 +124,8 @@ class Labels:
     def _write_class(self, task: str, label: WindowLabel, split: np.ndarray) -> tuple[LabelSchema, dict[str, Any]]:
         schema, join, code = self._classes(task, label, f"SELECT {EXAMPLE}, value FROM {_table(task)}", "class")
         found = self.con.execute(
-            f"SELECT {EXAMPLE}, coalesce({code}, -1) AS id FROM {_table(task)} AS answers {join} WHERE answers.value IS NOT NULL"
+            f"SELECT {EXAMPLE}, coalesce({code}, -1) AS id FROM {_table(task)} AS answers {join} WHERE answers.value "
+            "IS NOT NULL"
         ).fetchnumpy()
         ids = np.full(len(split), -1, np.int32)
         ids[found[EXAMPLE]] = found["id"]
@@ -129,7 +139,9 @@ class Labels:
         flat = f"SELECT {EXAMPLE}, unnest(list_distinct(value)) AS value FROM {_table(task)}"
         schema, join, code = self._classes(task, label, flat, "set")
         asked = np.zeros(len(split), bool)
-        asked[self.con.execute(f"SELECT {EXAMPLE} FROM {_table(task)} WHERE value IS NOT NULL").fetchnumpy()[EXAMPLE]] = True
+        asked[
+            self.con.execute(f"SELECT {EXAMPLE} FROM {_table(task)} WHERE value IS NOT NULL").fetchnumpy()[EXAMPLE]
+        ] = True
         known, unseen = np.zeros(len(split), np.int64), np.zeros(len(split), np.int64)
         reader = self.con.sql(
             f"SELECT {EXAMPLE}, {code} AS id FROM ({flat}) AS answers {join} ORDER BY {EXAMPLE}, id NULLS LAST"
@@ -146,7 +158,7 @@ class Labels:
         return schema, _per_split(split, asked, unseen=unseen, mean=known)
 
     def _classes(self, task: str, label: WindowLabel, flat: str, kind: Any) -> tuple[LabelSchema, str, str]:
-        """The classes, and SQL (join, id) that maps `answers.value` to them; null where the class was not seen in training.
+        """The classes, and SQL (join, id) that maps `answers.value` to them; null for a class not seen in training.
 
         `flat`: SELECT _example, value with one row per example and class.
         """
@@ -155,11 +167,12 @@ class Labels:
             vocabulary = self.vocabularies.categories[field]
             join, code = vocabulary.lookup_sql("answers.value")
             return LabelSchema(kind=kind, field=field, num_classes=vocabulary.size), join, f"nullif({code}, {UNKNOWN})"
-        training = f"({flat}) JOIN example_splits USING ({EXAMPLE}) WHERE split = {SPLITS['train']} AND value IS NOT NULL"
-        asked = f"SELECT count(*) FROM {_table(task)} JOIN example_splits USING ({EXAMPLE}) WHERE split = {SPLITS['train']} AND value IS NOT NULL"
+        training = f"JOIN example_splits USING ({EXAMPLE}) WHERE split = {SPLITS['train']} AND value IS NOT NULL"
+        asked = f"SELECT count(*) FROM {_table(task)} {training}"
+        frequent = f"GROUP BY value HAVING count(*) >= {label.min_share} * ({asked})"
         self.con.execute(
-            f"CREATE OR REPLACE TEMP TABLE classes AS SELECT value, row_number() OVER (ORDER BY value) - 1 AS id FROM (SELECT value FROM "
-            f"{training} GROUP BY value HAVING count(*) >= {label.min_share} * ({asked}))"
+            f"CREATE OR REPLACE TEMP TABLE classes AS SELECT value, row_number() OVER (ORDER BY value) - 1 AS id "
+            f"FROM (SELECT value FROM ({flat}) {training} {frequent})"
         )
         values = [row[0] for row in self.con.execute("SELECT value FROM classes ORDER BY id").fetchall()]
         plain = [value if isinstance(value, str | int | float) else str(value) for value in values]
@@ -177,8 +190,8 @@ class Labels:
         else:
             return
         raise UserError(
-            f"tasks.{task}: {why}, so there is nothing to learn. Check its label (window, events, empty) and `eligible`, or remove the "
-            f"task with tasks.{task}=null."
+            f"tasks.{task}: {why}, so there is nothing to learn. Check its label (window, events, empty) and "
+            f"`eligible`, or remove the task with tasks.{task}=null."
         )
 
 
@@ -212,23 +225,39 @@ def _check(staged: Staged, vocabularies: Vocabularies, plan: Plan, task: str, co
     if label.table is None:
         check_events(label.events, staged.event_types, f"{key}.events")
     elif label.table not in staged.tables:
-        raise UserError(f"{key}.table: no table '{label.table}' is declared under data.source, {nearest(label.table, staged.tables)}.")
+        raise UserError(
+            f"{key}.table: no table '{label.table}' is declared under data.source, "
+            f"{nearest(label.table, staged.tables)}."
+        )
     if label.attribute is not None and label.attribute not in staged.attributes:
-        hint = nearest(label.attribute, staged.attributes) if staged.attributes else "there is no users table with attributes."
+        hint = (
+            nearest(label.attribute, staged.attributes)
+            if staged.attributes
+            else "there is no users table with attributes."
+        )
         raise UserError(f"{key}.attribute: the users table has no column '{label.attribute}', {hint}")
     if label.attribute is not None and label.empty is not None:
-        raise UserError(f"{key}.empty: an attribute has no window that could be empty; users without a value are not asked.")
+        raise UserError(
+            f"{key}.empty: an attribute has no window that could be empty; users without a value are not asked."
+        )
     if label.next is not None and label.window is None and not plan.by_position:
         raise UserError(f"{key}.window: `next` needs a window with cuts in time, for example window: 28d.")
     for name in (label.field, label.next):
         if name is not None and name not in vocabularies.categories:
-            raise UserError(f"{key}: '{name}' is not a category field of the events, {nearest(name, vocabularies.categories)}.")
+            raise UserError(
+                f"{key}: '{name}' is not a category field of the events, {nearest(name, vocabularies.categories)}."
+            )
 
 
 def _check_type(task: str, config: Any, kind: pa.DataType) -> None:
     """Refuse answers that cannot be a label of the task's kind."""
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_boolean(kind)
+    is_number = (
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_decimal(kind)
+        or pa.types.is_boolean(kind)
+    )
     needs = {
         "number": (is_number, "a number or a boolean, for example count(*) > 0"),
         "class": (not is_list and not pa.types.is_nested(kind), "one value, for example mode(category)"),
@@ -236,4 +265,6 @@ def _check_type(task: str, config: Any, kind: pa.DataType) -> None:
     }
     fits, wanted = needs[config.label_kind]
     if not fits and not pa.types.is_null(kind):
-        raise UserError(f"tasks.{task}.label: a task of type {config.type} needs {wanted}; this label gives values of type {kind}.")
+        raise UserError(
+            f"tasks.{task}.label: a task of type {config.type} needs {wanted}; this label gives values of type {kind}."
+        )

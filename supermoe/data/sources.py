@@ -82,9 +82,7 @@ class Files:
     def attach(self, con: duckdb.DuckDBPyConnection) -> SourceTables:
         """Make the views; everything wrong with the files is a `UserError`."""
         config = self.config
-        events = [
-            EventTable(_open(con, item, f"events[{number}]"), item, item.event) for number, item in enumerate(config.events)
-        ]
+        events = [EventTable(_open(con, item, key), item, item.event) for key, item in _numbered(config.events)]
         users = (_open(con, config.users, "users"), config.users) if config.users else None
         items = ItemTable(_open(con, config.items, "items"), config.items, config.items.key) if config.items else None
         tables = {name: (_open(con, item, f"tables.{name}"), item) for name, item in config.tables.items()}
@@ -93,9 +91,14 @@ class Files:
     def fingerprint(self) -> Any:
         """Name, size and time of change of every file."""
         config = self.config
-        specs = [*config.events, *filter(None, [config.users, config.items]), *config.tables.values()]
-        names = [name for item in specs for name in find_files(item.path, "data.source")]
+        parts = [*_numbered(config.events), *((f"tables.{name}", item) for name, item in config.tables.items())]
+        parts += [(name, item) for name, item in (("users", config.users), ("items", config.items)) if item]
+        names = [name for key, item in parts for name in find_files(item.path, f"data.source.{key}")]
         return [[name, os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in names]
+
+
+def _numbered(events: list[EventFiles]) -> list[tuple[str, EventFiles]]:
+    return [(f"events[{number}]", item) for number, item in enumerate(events)]
 
 
 def _open(con: duckdb.DuckDBPyConnection, item: Any, place: str) -> Raw:

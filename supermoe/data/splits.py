@@ -1,7 +1,8 @@
 """Which (user, cut) pairs are asked, and for which split: cuts in time, or each user's last events.
 
-A splitter turns the sorted log (views `log` and `people`, see `supermoe/data/staging.py`) into a `Plan`: the candidates, and the
-part of the log that vocabularies may be fitted on. Static attributes are split by user instead, see `UserFolds`.
+A splitter turns the sorted log (views `log` and `people`, see `supermoe/data/staging.py`) into a `Plan`: the
+candidates, and the part of the log that vocabularies may be fitted on. Static attributes are split by user instead, see
+`UserFolds`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import duckdb
@@ -60,7 +62,9 @@ class Plan:
     training_sql: str
     eligible: Eligible
     users: UserFolds
-    cuts: dict[str, list[int]] = field(default_factory=dict)  # split -> cuts in seconds; empty when every user has their own
+    cuts: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # split -> cuts in seconds; empty when every user has their own
     by_position: bool = False  # the cut is an event's position, so that events at the cut's own second may be visible
 
 
@@ -77,8 +81,9 @@ def _candidates(cuts: dict[str, list[int]]) -> str:
     splits = ", ".join(str(split) for _, split in pairs)
     zeros = ", ".join("0" for _ in pairs)
     return (
-        f"SELECT user_row, unnest([{times}]) AS cut, unnest(coalesce(counts, [{zeros}])) AS visible, unnest([{splits}]) AS split "
-        f"FROM people LEFT JOIN (SELECT user_row, [{counts}] AS counts FROM log GROUP BY user_row) USING (user_row)"
+        f"SELECT user_row, unnest([{times}]) AS cut, unnest(coalesce(counts, [{zeros}])) AS visible, "
+        f"unnest([{splits}]) AS split FROM people LEFT JOIN (SELECT user_row, [{counts}] AS counts FROM log GROUP BY "
+        "user_row) USING (user_row)"
     )
 
 
@@ -91,8 +96,9 @@ def serving_plan(as_of: int, eligible: Eligible) -> Plan:
 class TimeSplit:
     """Cut dates: history strictly before the cut, labels in `[cut, cut + window)`.
 
-    Without any date the cuts are derived: the test window ends with the data, validation lies one window before it, and training cuts
-    go back window by window while one window of history is left. Dates that would let one split see another's labels are refused.
+    Without any date the cuts are derived: the test window ends with the data, validation lies one window before it, and
+    training cuts go back window by window while one window of history is left. Dates that would let one split see
+    another's labels are refused.
     """
 
     class Series(Config):
@@ -144,9 +150,9 @@ class TimeSplit:
             train = [valid - step * n for n in range(config.cuts, 0, -1) if valid - step * (n + 1) >= first]
             if not train:
                 raise UserError(
-                    f"data.splits: the log spans {_text(first, last)}, too short for automatic cuts: history, training, validation and "
-                    f"test each need {format_duration(step)} (the longest label window). Give shorter label windows, or dates under "
-                    f"data.splits.train, valid and test."
+                    f"data.splits: the log spans {_text(first, last)}, too short for automatic cuts: history, "
+                    f"training, validation and test each need {format_duration(step)} (the longest label window). Give "
+                    "shorter label windows, or dates under data.splits.train, valid and test."
                 )
         cuts = {"train": train}
         return cuts | {name: [cut] for name, cut in (("valid", valid), ("test", test)) if cut is not None}
@@ -154,7 +160,9 @@ class TimeSplit:
 
 def _span(con: duckdb.DuckDBPyConnection) -> tuple[int, int]:
     """Seconds of the first and the last event."""
-    first, last = con.execute("SELECT epoch_us(min(time)) // 1000000, epoch_us(max(time)) // 1000000 FROM log").fetchall()[0]
+    first, last = con.execute(
+        "SELECT epoch_us(min(time)) // 1000000, epoch_us(max(time)) // 1000000 FROM log"
+    ).fetchall()[0]
     if first is None:
         raise UserError("data.splits: the log holds no events, so there is nothing to cut; check data.source.")
     return first, last
@@ -169,39 +177,42 @@ def _check_cuts(cuts: dict[str, list[int]], first: int, last: int, window: int) 
     train = cuts["train"]
     if not train:
         raise UserError("data.splits.train: no training cut; check that `first` is not after `last`.")
-    for previous, cut in zip(train, train[1:], strict=False):
+    for previous, cut in pairwise(train):
         if cut <= previous:
             wrong = "twice" if cut == previous else f"after {format_instant(previous)}"
-            raise UserError(f"data.splits.train: {format_instant(cut)} stands {wrong}; give every cut once, in rising order.")
+            raise UserError(
+                f"data.splits.train: {format_instant(cut)} stands {wrong}; give every cut once, in rising order."
+            )
     order = [(name, cut) for name, times in cuts.items() for cut in times]
     for name, cut in order:
         if cut <= first:
             raise UserError(
-                f"data.splits.{name}: no event lies before the cut {format_instant(cut)}, the log spans {_text(first, last)}; "
-                f"move the cut to a later date."
+                f"data.splits.{name}: no event lies before the cut {format_instant(cut)}, the log spans "
+                f"{_text(first, last)}; move the cut to a later date."
             )
         if cut + window > last + DAY:
             raise UserError(
-                f"data.splits.{name}: the label window of {format_duration(window)} after the cut {format_instant(cut)} ends at "
-                f"{format_instant(cut + window)}, but the log ends at {format_instant(last)}; its labels would count events that are "
-                f"not there yet. Move the cut to {format_instant((last + DAY - window) // DAY * DAY)} or earlier."
+                f"data.splits.{name}: the label window of {format_duration(window)} after the cut "
+                f"{format_instant(cut)} ends at {format_instant(cut + window)}, but the log ends at "
+                f"{format_instant(last)}; its labels would count events that are not there yet. Move the cut to "
+                f"{format_instant((last + DAY - window) // DAY * DAY)} or earlier."
             )
     ends = [(name, times[-1]) for name, times in cuts.items()]
-    for (name, cut), (later, limit) in zip(ends, ends[1:], strict=False):
+    for (name, cut), (later, limit) in pairwise(ends):
         if cut + max(window, 1) > limit:
             raise UserError(
-                f"data.splits.{name}: the label window of the cut {format_instant(cut)} ends at {format_instant(cut + window)}, after the "
-                f"{later} cut {format_instant(limit)}: labels of one split would be history of the other. Move "
-                f"data.splits.{name} to {format_instant(limit - window)} or earlier, or data.splits.{later} to "
-                f"{format_instant(cut + window)} or later."
+                f"data.splits.{name}: the label window of the cut {format_instant(cut)} ends at "
+                f"{format_instant(cut + window)}, after the {later} cut {format_instant(limit)}: labels of one split "
+                f"would be history of the other. Move data.splits.{name} to {format_instant(limit - window)} or "
+                f"earlier, or data.splits.{later} to {format_instant(cut + window)} or later."
             )
 
 
 class LeaveOneOut:
     """Next-item comparisons: each user's last event is the test target, the last but one the validation target.
 
-    Training examples see all but these two and have no target of their own: next-item losses use the positions inside. The cut is the
-    time of the first event that is not visible.
+    Training examples see all but these two and have no target of their own: next-item losses use the positions inside.
+    The cut is the time of the first event that is not visible.
     """
 
     class Config(Config):
@@ -217,11 +228,14 @@ class LeaveOneOut:
         for task, label in labels.items():
             if label.sql is not None:
                 raise UserError(
-                    f"tasks.{task}.label.sql: a label over a window needs cuts in time; under data.splits.type leave_one_out only "
-                    f"labels of the form `next: field` or `attribute: column` can be asked. Use data.splits.type: time."
+                    f"tasks.{task}.label.sql: a label over a window needs cuts in time; under data.splits.type "
+                    "leave_one_out only labels of the form `next: field` or `attribute: column` can be asked. Use "
+                    "data.splits.type: time."
                 )
         _span(con)
-        ends = _union("SELECT user_row, num_events - {} AS visible, {} AS split FROM people WHERE num_events >= {}", self.config)
+        ends = _union(
+            "SELECT user_row, num_events - {} AS visible, {} AS split FROM people WHERE num_events >= {}", self.config
+        )
         return Plan(
             candidates_sql=f"SELECT x.user_row, time AS cut, visible, split FROM ({ends}) AS x "
             f"JOIN log ON log.user_row = x.user_row AND log.position = x.visible",

@@ -16,6 +16,7 @@ from supermoe.model.supermoe import Output
 from supermoe.serving.artifact import Artifact
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
+EXAMPLES_PER_BATCH = 1024  # a retrieval task holds so many rows of logits over its whole vocabulary
 FLOATS = {"float32": pa.float32(), "float16": pa.float16()}
 
 
@@ -27,7 +28,7 @@ def outputs(artifact: Artifact, store: Store) -> Iterator[tuple[Batch, Output]]:
         "serve",
         max_events=config.model.max_events,
         tokens_per_batch=config.training.tokens_per_batch,
-        examples_per_batch=4096,
+        examples_per_batch=EXAMPLES_PER_BATCH,
     )
     with tqdm(total=batches.num_examples, unit=" users", desc="encode", delay=2, leave=False) as bar:
         for batch in batches.epoch(0):

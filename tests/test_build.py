@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from supermoe.config import RunConfig, load_run
+from supermoe.data.store import Store
+from supermoe.training.build import build_run, build_tasks, event_names, field_counts, id_values
+from supermoe.typed_yaml import UserError, validate
+
+
+@pytest.fixture(scope="module")
+def config(trained_run: Path) -> RunConfig:
+    return load_run(trained_run / "config.yaml")
+
+
+@pytest.fixture(scope="module")
+def store(config: RunConfig) -> Store:
+    return Store.open(config.store)
+
+
+def test_equal_configs_give_equal_runs_and_heads_start_at_the_prior(config: RunConfig, store: Store) -> None:
+    first, second = build_run(config, store), build_run(config, store)
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    churn = first.model.heads["churn"]
+    assert torch.sigmoid(churn.bias).item() == pytest.approx(first.tasks["churn"].prior.item(), rel=1e-5)
+    assert set(first.heads) == {*config.tasks, "next_event__shop"}
+    assert first.measured_split == "test"
+
+
+def test_priors_come_from_training_examples_only(config: RunConfig, store: Store) -> None:
+    labels = np.asarray(store.labels["spend"])[store.rows_of("train")]
+    assert build_tasks(config, store)["spend"].state()["mean"] == pytest.approx(np.nanmean(labels, dtype=np.float64))
+
+
+def test_counts_and_values_of_ids(store: Store) -> None:
+    counts = field_counts(store)["type"]
+    values = id_values(store, "type").to_pylist()
+    assert values[:2] == [None, None]
+    assert sorted(values[2:]) == ["beer", "bread", "milk", "nappies"]
+    assert counts[:2].tolist() == [0, 0]
+    assert (counts[2:-1] >= counts[3:]).all()
+    assert event_names(store) == []  # all events are of one type
+
+
+def test_another_seed_is_another_model(config: RunConfig, store: Store) -> None:
+    other = config.model_copy(update={"seed": 1})
+    a, b = (build_run(c, store).model.indicators.questions["user"].vector_D for c in (config, other))
+    assert not torch.equal(a, b)
+
+
+def test_a_balancer_of_unknown_tasks_is_refused(config: RunConfig, store: Store) -> None:
+    raw = config.model_dump(mode="json")
+    raw["loss"]["balancer"] = {"type": "fixed", "weights": {"chrun": 2.0}}
+    with pytest.raises(UserError, match="did you mean 'churn'"):
+        build_run(validate(RunConfig, raw, "test"), store)
