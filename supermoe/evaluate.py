@@ -1,4 +1,4 @@
-"""`python -m supermoe.evaluate RUN [--split test]`: measure a trained run again and rewrite its report and predictions."""
+"""`python -m supermoe.evaluate RUN [--split test]`: measure a trained run again, rewrite its report."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line, evaluate the best weights, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run of supermoe.train")
-    parser.add_argument("--split", choices=["train", "valid", "test"], help="default: test, or valid without a test cut")
+    parser.add_argument(
+        "--split", choices=["train", "valid", "test"], help="default: test, or valid without a test cut"
+    )
     args = parser.parse_args(argv)
     if not (args.run / "checkpoints" / BEST).exists():
-        raise UserError(f"{args.run}: there are no trained weights here; give the `run` folder of a finished supermoe.train")
+        raise UserError(
+            f"{args.run}: there are no trained weights here; give the `run` folder of a finished supermoe.train"
+        )
     config = load_run(args.run / "config.yaml", [f"run={args.run}"])
     store = Store.open(config.store)
     run = build_run(config, store)

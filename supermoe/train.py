@@ -1,4 +1,4 @@
-"""`python -m supermoe.train --config FILE [a.b=c ...]`: from a log to a trained model, its report, predictions and embeddings.
+"""`python -m supermoe.train --config FILE [a.b=c ...]`: from a log to a model, its report, predictions, embeddings.
 
 Prepares the store if it is missing or stale. A run that was stopped continues with the same command.
 """
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: RunConfig, source: Any = None) -> None:
-    """Everything a config asks for, from its own source or from the one given; prints a table and where the outputs lie."""
+    """Everything a config asks for, from its source or the one given; prints a table and where the outputs lie."""
     source = source or build("supermoe.data.sources", config.data.source)
     store = prepare(config, source)
     run = build_run(config, store)
@@ -49,7 +49,12 @@ def train(config: RunConfig, source: Any = None) -> None:
     as_of = (parse_instant(store.summary["last_event"]) // DAY + 1) * DAY  # the midnight after the last event
     embeddings = export(artifact.Artifact.load(model), Request(source, as_of), config.run / "embeddings")
     print(f"\n{table}\n")
-    paths = {"report": config.run / "report.md", "predictions": predictions, "model": model, "embeddings": embeddings.parent}
+    paths = {
+        "report": config.run / "report.md",
+        "predictions": predictions,
+        "model": model,
+        "embeddings": embeddings.parent,
+    }
     for name, path in paths.items():
         print(f"{name:12}{path}")
 

@@ -1,4 +1,4 @@
-"""A tiny world to train on without a store: batches with labels that the features tell, tasks, a model and a trainer."""
+"""A tiny world to train on without a store: batches whose features tell some labels, tasks, model, trainer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def run_schema() -> Schema:
     return make_schema().model_copy(update={"labels": labels})
 
 
-def make_task(type_name: str, name: str, schema: Schema | None = None, label: LabelSchema | None = None, **options: Any) -> Task:
+def make_task(
+    type_name: str, name: str, schema: Schema | None = None, label: LabelSchema | None = None, **options: Any
+) -> Task:
     """A task of the registry; `options` are its config."""
     schema = schema or run_schema()
     cls = TASKS[type_name]
@@ -54,6 +56,7 @@ def make_tasks() -> dict[str, Task]:
     tasks = {name: make_task(kind, name, **options.get(name, {})) for name, kind in kinds.items()}
     for name, task in tasks.items():
         task.fit_prior(make_labels(200, seed=9)[name], torch.arange(11).flip(0))
+        task.num_users = 5_000
     return tasks
 
 
@@ -132,7 +135,9 @@ def make_objective(balancer: str = "equal", **options: Any) -> Objective:
     return Objective(tasks, {"next": extra}, BALANCERS[balancer](BALANCERS[balancer].Config(**options), names=names))
 
 
-def make_trainer(folder: Path, train: FakeBatches | None = None, seed: int = 0, identity: Any = None, **options: Any) -> Trainer:
+def make_trainer(
+    folder: Path, train: FakeBatches | None = None, seed: int = 0, identity: Any = None, **options: Any
+) -> Trainer:
     """A trainer over five training batches and two for validation."""
     objective = make_objective()
     model = make_model(objective.tasks, objective.pretraining, seed)

@@ -14,6 +14,7 @@ from supermoe.config import DataConfig, Eligible, FeatureConfig, WindowLabel
 from supermoe.data import vocab
 from supermoe.data.events import write_events, write_users
 from supermoe.data.examples import write_examples
+from supermoe.data.labels import field_of
 from supermoe.data.schema import FieldSchema, Schema
 from supermoe.data.sources import Frames
 from supermoe.data.splits import TimeSplit
@@ -78,7 +79,8 @@ def write_store(
     groups = {name: FeatureConfig(**config) for name, config in features.items()}
     plan = splits.plan(log.con, {name: config.label for name, config in tasks.items()})
     with store_under_construction(log, path, plan.training_sql) as (writer, vocabularies):
-        examples = write_examples(log, writer, vocabularies, plan, groups, tasks)
+        copied = {field_of(config.label, vocabularies.categories) for config in tasks.values()} - {None}
+        examples = write_examples(log, writer, vocabularies, plan, groups, tasks, copied=copied)
         vocab.save_feature_knots(writer.folder / "vocab", examples.knots)
         fields = {
             name: FieldSchema(kind=field.kind, size=0 if field.kind == "number" else vocabularies.categories[name].size)

@@ -96,7 +96,7 @@ def test_a_sound_store_passes_every_check(planted):
 
 
 def test_an_event_at_the_cut_is_caught(planted):
-    log, folder, run = planted
+    _, folder, run = planted
     at_cut = seconds("2024-01-15")
     row = np.flatnonzero(
         (np.load(folder / "examples/user.npy") == 0) & (np.load(folder / "examples/cut.npy") == at_cut)

@@ -35,5 +35,5 @@ def test_state_survives_a_checkpoint(name: str) -> None:
 def test_fixed_refuses_unknown_names_and_weights_that_are_not_positive() -> None:
     with pytest.raises(UserError, match=r"loss\.balancer\.weights\.chrun.*did you mean 'churn'"):
         Fixed(Fixed.Config(weights={"chrun": 1.0}), names=NAMES)
-    with pytest.raises(ValidationError, match="tasks.age=null"):
+    with pytest.raises(ValidationError, match=r"tasks\.age=null"):
         Fixed.Config(weights={"age": 0.0})

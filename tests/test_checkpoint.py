@@ -66,7 +66,10 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, dama
     with pytest.warns(UserWarning, match="step_00000002 is damaged"):
         assert checkpoints.latest() == (old, {"best": 1})
     shutil.rmtree(old)
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="every checkpoint is damaged; delete this folder"):
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(UserError, match="every checkpoint is damaged; delete this folder"),
+    ):
         checkpoints.latest()
 
 
@@ -74,7 +77,7 @@ def test_another_versions_checkpoint_is_refused(tmp_path: Path) -> None:
     (path,) = save(make(tmp_path), 1)
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(manifest | {"version": 99, "files": {}}))
-    with pytest.raises(UserError, match="checkpoint format 99.*continue with the version that wrote it"):
+    with pytest.raises(UserError, match=r"checkpoint format 99.*continue with the version that wrote it"):
         make(tmp_path).latest()
 
 
@@ -100,7 +103,7 @@ def test_a_write_that_fails_leaves_nothing_that_looks_whole(tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.dcp, "save", full_disk)
-    with pytest.raises(UserError, match="step_00000002: No space left on device.*earlier checkpoints are untouched"):
+    with pytest.raises(UserError, match=r"step_00000002: No space left on device.*earlier checkpoints are untouched"):
         save(checkpoints, 2)
     assert list(good.parent.iterdir()) == [good]
 

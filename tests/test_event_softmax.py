@@ -27,7 +27,9 @@ class Head:
 
 
 def schema_of(size: int, hash_size: int | None = None):
-    return run_schema().model_copy(update={"fields": {"f": FieldSchema(kind="category", size=size, hash_size=hash_size)}})
+    return run_schema().model_copy(
+        update={"fields": {"f": FieldSchema(kind="category", size=size, hash_size=hash_size)}}
+    )
 
 
 def test_next_ids_stop_at_the_ends_of_reads() -> None:
@@ -52,7 +54,7 @@ def test_full_softmax_is_over_real_classes_only() -> None:
 def test_sampled_softmax_has_the_full_one_as_its_limit(hash_size: int | None) -> None:
     """With many draws the corrected sum over negatives approaches the sum over all classes but the target's own.
 
-    Both logits carry -log q; the target's is not averaged over draws, so the limit is log(1 + (Z - e_t) / (e_t / q_t) * J).
+    Both logits carry -log q; the target's is not averaged over draws, so the limit is log(1 + J (Z - e_t) q_t / e_t).
     """
     torch.manual_seed(0)
     size, draws = 42, 200_000

@@ -1,4 +1,4 @@
-"""Features: declared SQL, derived columns and bags of what lies before the cut; knots from training; the same in serving."""
+"""Features: declared SQL, derived columns and bags of what lies before the cut; knots from training; serving."""
 
 from __future__ import annotations
 
@@ -139,8 +139,15 @@ def test_auto_bags_large_fields_over_the_two_longest_windows(tmp_path, log, monk
     store = write_store(
         tmp_path / "store", log, SPLITS, {"auto": {"auto": True, "windows": ["1d", "all", "4d"]}}, asked=LABEL
     )
-    assert list(store.schema.bags) == ["auto_item_4d", "auto_item_all", "auto_tags_4d", "auto_tags_all"]
+    assert store.schema.bags.keys() == {"auto_item_4d", "auto_item_all", "auto_tags_4d", "auto_tags_all"}
     assert not [name for name in store.schema.features if "count_item" in name]
+
+
+def test_auto_bags_what_labels_are_about_for_the_heads_to_copy(tmp_path, log):
+    about = task("set", {"window": "2d", "sql": "list(item)", "field": "item"})
+    groups = {"auto": {"auto": True, "windows": ["4d", "all"]}}
+    store = write_store(tmp_path / "store", log, SPLITS, groups, asked=LABEL, about=about)
+    assert {name: bag.input for name, bag in store.schema.bags.items()} == {"auto_item_4d": False, "auto_item_all": False}
 
 
 def test_serving_computes_the_same_columns(tmp_path, log):

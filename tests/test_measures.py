@@ -15,8 +15,12 @@ def test_auc_and_average_precision_equal_sklearn(ties: bool) -> None:
         target = np.append([0, 1], RNG.integers(0, 2, n - 2))
         score = RNG.integers(0, 5, n) / 5 if ties else RNG.random(n)
         assert measures.auc(target, score) == pytest.approx(sk.roc_auc_score(target, score), abs=1e-12)
-        assert measures.average_precision(target, score) == pytest.approx(sk.average_precision_score(target, score), abs=1e-12)
-        assert measures.log_loss(target, score) == pytest.approx(sk.log_loss(target, np.clip(score, 1e-7, 1 - 1e-7)), abs=1e-9)
+        assert measures.average_precision(target, score) == pytest.approx(
+            sk.average_precision_score(target, score), abs=1e-12
+        )
+        assert measures.log_loss(target, score) == pytest.approx(
+            sk.log_loss(target, np.clip(score, 1e-7, 1 - 1e-7)), abs=1e-9
+        )
 
 
 @pytest.mark.parametrize("target", [[], [1, 1], [0, 0]])

@@ -36,14 +36,19 @@ def test_classes_are_values_and_scores_sum_to_one(trained_run: Path) -> None:
     assert set(found["target"]) <= {"gold", "silver"}
     assert all(sum(score) == pytest.approx(1, abs=1e-5) for score in found["score"])
     types = read(trained_run, "types")
-    assert all(isinstance(target, list) and len(score) == 4 for target, score in zip(types["target"], types["score"], strict=True))
+    assert all(
+        isinstance(target, list) and len(score) == 4
+        for target, score in zip(types["target"], types["score"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("task", ["next_type", "item"])
 def test_rankings_hold_values_scores_and_the_best_rank(trained_run: Path, task: str) -> None:
     found = read(trained_run, task)
     assert set(found) == {"user_id", "cut", "target", "rank", "top_k", "scores"}
-    for target, rank, top_k, scores in zip(found["target"], found["rank"], found["top_k"], found["scores"], strict=True):
+    for target, rank, top_k, scores in zip(
+        found["target"], found["rank"], found["top_k"], found["scores"], strict=True
+    ):
         targets = target if isinstance(target, list) else [target]
         assert sorted(top_k) == ["beer", "bread", "milk", "nappies"]
         assert scores == sorted(scores, reverse=True)

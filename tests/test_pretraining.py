@@ -41,7 +41,9 @@ def test_loss_is_the_mean_over_fields_on_the_scale_of_their_priors() -> None:
 
 
 def test_fields_are_checked() -> None:
-    with pytest.raises(UserError, match=r"loss\.pretraining\.next\.fields: there is no field 'typ', did you mean 'type'"):
+    with pytest.raises(
+        UserError, match=r"loss\.pretraining\.next\.fields: there is no field 'typ', did you mean 'type'"
+    ):
         make(["typ"])
     with pytest.raises(UserError, match="only a category"):
         make(["tags"])

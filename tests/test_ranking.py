@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fake_run import make_model, make_run_batch, make_task, make_tasks, run_schema
+from fake_run import make_labels, make_model, make_run_batch, make_task, make_tasks, run_schema
 
 from supermoe.data.batch import SetLabels
 from supermoe.data.schema import FIRST_ID, LabelSchema
@@ -27,17 +27,22 @@ def world():
 def sets(*rows: list[int]) -> SetLabels:
     sizes = torch.tensor([len(row) for row in rows])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-    return SetLabels(torch.ones(len(rows), dtype=torch.bool), offsets, torch.tensor(sum(rows, []), dtype=torch.int64))
+    return SetLabels(
+        torch.ones(len(rows), dtype=torch.bool),
+        offsets,
+        torch.tensor([i for row in rows for i in row], dtype=torch.int64),
+    )
 
 
-def test_retrieval_loss_is_the_mean_over_each_set(world) -> None:
+def test_retrieval_loss_is_the_sum_over_each_set_by_its_best_dcg(world) -> None:
     tasks, model, batch, output = world
     task, head = tasks["basket"], model.heads["basket"]
     total, count = task.loss(head, output, batch)
     log_p = task.logits(head, output, batch)[:, FIRST_ID:].log_softmax(-1)
     labels = batch.labels["basket"]
     rows = [labels.ids[a:b] for a, b in zip(labels.offsets[:-1], labels.offsets[1:], strict=True)]
-    expected = sum(-log_p[i, ids - FIRST_ID].mean() for i, ids in enumerate(rows) if len(ids))
+    best = [sum(1 / math.log2(place + 2) for place in range(len(ids))) for ids in rows]
+    expected = sum(-log_p[i, ids - FIRST_ID].sum() / best[i] for i, ids in enumerate(rows) if len(ids))
     torch.testing.assert_close(total, expected)
     assert count == task.count(batch) == sum(len(ids) > 0 for ids in rows)
 
@@ -111,6 +116,19 @@ def test_scores_without_labels_have_no_rank(world) -> None:
     unlabelled = replace(batch, labels={})
     for name in ("basket", "item"):
         assert set(tasks[name].scores(model.heads[name], output, unlabelled)) == {"top_k", "scores"}
+
+
+def test_prior_loss_is_that_of_answering_the_prior(world) -> None:
+    tasks = world[0]
+    labels = make_labels(200, seed=9)["basket"]
+    log_p, losses = tasks["basket"].prior_C.log(), []
+    for a, b in zip(labels.offsets[:-1], labels.offsets[1:], strict=True):
+        if b > a:
+            best = sum(1 / math.log2(place + 2) for place in range(int(b - a)))
+            losses.append(-log_p[labels.ids[a:b] - FIRST_ID].sum().item() / best)
+    assert tasks["basket"].prior_loss == pytest.approx(np.mean(losses), rel=1e-5)
+    p = torch.arange(9).flip(0) + 1.0  # counts of the item's ids, smoothed by one
+    assert tasks["item"].prior_loss == pytest.approx(torch.distributions.Categorical(p).entropy().item(), rel=1e-5)
 
 
 def test_prior_is_popularity() -> None:

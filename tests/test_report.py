@@ -25,12 +25,20 @@ def test_rows_tell_value_prior_baseline_and_gain(world) -> None:
     tasks, found = world
     rows = {row[0]: row for row in table_rows(tasks, found, {"churn": {"auc": 0.61234, "logloss": 2.0}})}
     assert rows["churn"][1:3] == ("12", "auc")
-    assert rows["churn"][3:] == (f"{found.metrics['churn']['auc']:.4f}", "0.5000", "0.6123", f"{found.gains['churn']:.4f}")
+    assert rows["churn"][3:] == (
+        f"{found.metrics['churn']['auc']:.4f}",
+        "0.5000",
+        "0.6123",
+        f"{found.gains['churn']:.4f}",
+    )
     assert rows["age"][-2:] == ("-", "-")
 
 
 def test_text_table_lines_up() -> None:
-    rows = [("a", "5", "auc", "0.5000", "0.5000", "-", "0.0000"), ("a_longer_name", "1000", "r2", "-1.2345", "0.0000", "-", "-")]
+    rows = [
+        ("a", "5", "auc", "0.5000", "0.5000", "-", "0.0000"),
+        ("a_longer_name", "1000", "r2", "-1.2345", "0.0000", "-", "-"),
+    ]
     lines = text_table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split() == list(HEADER)

@@ -18,7 +18,9 @@ def output_of(history: list[list[int]], indicators: list[list[int]], num_experts
         routing = Routing(expert_NK, torch.ones(expert_NK.shape), counts_E, torch.zeros(len(chosen), num_experts))
         return SimpleNamespace(layer=1, tokens=tokens, routing=routing)
 
-    return SimpleNamespace(routings=[entry("history", history), entry("indicator", indicators)], questions=["user", "churn"])
+    return SimpleNamespace(
+        routings=[entry("history", history), entry("indicator", indicators)], questions=["user", "churn"]
+    )
 
 
 def batch_of(event_ids: list[int], num_examples: int) -> SimpleNamespace:

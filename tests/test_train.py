@@ -27,7 +27,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_is_complete(trained_run: Path) -> None:
-    for name in ("config.yaml", "env.json", "metrics.jsonl", "report.json", "report.md", "plots/loss.png", "predictions/test/churn.parquet"):
+    for name in (
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "report.json",
+        "report.md",
+        "plots/loss.png",
+        "predictions/test/churn.parquet",
+    ):
         assert (trained_run / name).stat().st_size > 0, name
     config = load_run(trained_run / "config.yaml")
     assert config.run == trained_run
@@ -44,7 +52,12 @@ def test_the_same_command_again_trains_no_further(copy: Path, capsys: pytest.Cap
     before = contents(copy)
     main(["--config", str(copy / "config.yaml"), f"run={copy}"])
     after = contents(copy)
-    for name in ("metrics.jsonl", "checkpoints/best.safetensors", "predictions/test/churn.parquet", "model/model.safetensors"):
+    for name in (
+        "metrics.jsonl",
+        "checkpoints/best.safetensors",
+        "predictions/test/churn.parquet",
+        "model/model.safetensors",
+    ):
         assert before[name] == after[name], name
     printed = capsys.readouterr().out
     assert "churn" in printed

@@ -160,7 +160,7 @@ def bag(window: Window, values: Values, limit: int) -> tuple[np.ndarray, np.ndar
 
 
 def window_aggregates(history: History, seconds: int, small: int) -> dict[str, np.ndarray]:
-    """Counts, sums, means, distinct values within a window; fields of up to `small` values are counted value by value."""
+    """Counts, sums, means, distinct values in a window; fields of up to `small` values are counted value by value."""
     window, tag = Window(history.begin(seconds), history.end_B), format_duration(seconds)
     scale = _per_month(history) if seconds == ALL_TIME else np.ones(len(history.end_B))
     moments = window.distinct(history, 1)

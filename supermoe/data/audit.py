@@ -1,4 +1,4 @@
-"""The leak audit: what a store must not know, checked again from its columns and the log, apart from the code that wrote it.
+"""The leak audit: what a store must not know, checked again from its columns and the log, apart from their writers.
 
     order       every visible event lies before the example's cut, and no invisible one does
     windows     label windows lie inside the data, and end before the next split's cut
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def audit(
     features: Mapping[str, FeatureConfig],
     tasks: Mapping[str, Any],
 ) -> list[str]:
-    """Check the store in `folder` against the log; returns the checks' names, or raises a UserError that lists every leak."""
+    """Check the store in `folder` against the log; returns the names of the checks; a UserError lists every leak."""
     store = _Evidence(staged, folder, plan, schema, features, tasks)
     leaks = [f"{name}: {leak}" for name, check in CHECKS.items() for leak in check(store)]
     if leaks:
@@ -65,6 +66,7 @@ class _Evidence:
         """Rows first .. end - 1 of a column, copied."""
         return np.array(np.load(self.folder / f"{name}.npy", mmap_mode="r")[first:end])
 
+    @cached_property
     def offsets(self) -> np.ndarray:
         """int64 [U + 1]: event rows of each user."""
         lengths = pq.read_table(self.folder / "users.parquet", columns=["length"])["length"].to_numpy()
@@ -77,47 +79,50 @@ class _Evidence:
 
     def examples(self) -> Iterator[dict[str, np.ndarray]]:
         """Blocks of the examples' columns, with the range of events that belong to their users."""
-        offsets = self.offsets()
         size = len(np.load(self.folder / "examples/user.npy", mmap_mode="r"))
         for first in range(0, size, BLOCK):
             block = {
                 name: self.read(f"examples/{name}", first, first + BLOCK)
                 for name in ("user", "cut", "visible", "split")
             }
-            yield block | {"first": np.int64(first), "start": offsets[block["user"]], "end": offsets[block["user"] + 1]}
+            yield block | {
+                "first": np.int64(first),
+                "start": self.offsets[block["user"]],
+                "end": self.offsets[block["user"] + 1],
+            }
 
     def is_training(self, first: int, end: int) -> np.ndarray:
         """Bool per event row: may vocabularies be fitted on it."""
         if not self.plan.by_position:
             return self.read("events/time", first, end) < self.plan.cuts["train"][-1]
-        ends, rows = self.offsets()[1:], np.arange(first, end)
+        ends, rows = self.offsets[1:], np.arange(first, end)
         return rows < ends[np.searchsorted(ends, rows, side="right")] - 2
 
 
 def _order(store: _Evidence) -> Iterator[str]:
     """Histories rise in time; `visible` parts them at the cut."""
-    is_first = np.zeros(store.staged.num_events + 1, bool)
-    is_first[store.offsets()] = True
     for first, end in store.event_blocks():
         begin = max(first - 1, 0)
-        back = (np.diff(store.read("events/time", begin, end)) < 0) & ~is_first[begin + 1 : end]
+        back = np.diff(store.read("events/time", begin, end)) < 0
+        starts = store.offsets[np.searchsorted(store.offsets, begin + 1) : np.searchsorted(store.offsets, end)]
+        back[starts - begin - 1] = False  # another user's history begins
         if back.any():
             row = begin + 1 + int(np.argmax(back))
             yield f"event row {row} lies before the one that it follows in its user's history"
             break
     seen, missed = 0, 0
     for block in store.examples():
-        cut, visible, start, end = block["cut"], block["visible"], block["start"], block["end"]
-        low = start.min()
-        time = np.append(store.read("events/time", low, end.max()), 0)
-        inside = (visible >= 0) & (visible <= end - start)
+        cut, visible, start, stop = block["cut"], block["visible"], block["start"], block["end"]
+        low = int(start.min())
+        time = np.append(store.read("events/time", low, int(stop.max())), 0)
+        inside = (visible >= 0) & (visible <= stop - start)
         after = np.where(inside, start + visible - low, 0)  # row of the first invisible event
         if store.plan.by_position:
             held_out = np.where(block["split"] == SPLITS["test"], 1, 2)
-            late, early = visible > end - start - held_out, visible < end - start - held_out
+            late, early = visible > stop - start - held_out, visible < stop - start - held_out
         else:
             late = (visible > 0) & (time[after - 1] >= cut)
-            early = (after < end - low) & (time[after] < cut)
+            early = (after < stop - low) & (time[after] < cut)
         seen, missed = seen + int((late | ~inside).sum()), missed + int((early & inside).sum())
     if seen:
         yield f"{seen} examples see an event at or after their cut"
@@ -231,11 +236,7 @@ def _users(store: _Evidence) -> Iterator[str]:
         asked = _asked(store, task)
         user, split = store.read("examples/user")[asked], store.read("examples/split")[asked]
         pairs = np.unique(np.stack([user, split], 1), axis=0)
-        names = (
-            dict(store.staged.con.execute('SELECT user_row, CAST("user" AS VARCHAR) FROM people').fetchall())
-            if len(pairs)
-            else {}
-        )
+        names = _names(store, pairs[:, 0])
         code = {folds.fold: SPLITS["test"], (folds.fold + 1) % folds.folds: SPLITS["valid"]}
         wrong = [row for row, split in pairs.tolist() if code.get(folds.bucket(names[row]), SPLITS["train"]) != split]
         if wrong:
@@ -243,6 +244,17 @@ def _users(store: _Evidence) -> Iterator[str]:
                 f"tasks.{task}: the attribute of {len(set(wrong))} users, such as {names[wrong[0]]}, is asked in a "
                 "split that is not theirs"
             )
+
+
+def _names(store: _Evidence, rows: np.ndarray) -> dict[int, str]:
+    """User row -> user id as text."""
+    store.staged.con.register("audited", {"user_row": np.unique(rows)})
+    names = store.staged.con.execute(
+        'SELECT user_row, CAST("user" AS VARCHAR) FROM people JOIN audited USING (user_row)'
+    )
+    found = dict(names.fetchall())
+    store.staged.con.unregister("audited")
+    return found
 
 
 def _asked(store: _Evidence, task: str) -> np.ndarray:

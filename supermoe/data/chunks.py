@@ -1,4 +1,4 @@
-"""Users taken in portions that fit in memory, with their events and examples as tables that SQL can ask.
+"""Users taken in portions that fit in memory, with their events and examples under names that SQL can ask.
 
 While a chunk is at hand the connection holds `chunk_events` (the chunk's rows of `log` and `gap_days`, the days since
 the user's previous event) and `chunk_examples` (_example, user_row, cut, visible, split); `_example` is the row among
@@ -75,15 +75,15 @@ def chunks(staged: Staged, plan: Plan) -> Iterator[Chunk]:
         )
         first_example += chunk.num_examples
         yield chunk
-    for table in ("candidates", "chunk_events", "chunk_examples"):
-        con.execute(f"DROP TABLE {table}")
+    con.execute("DROP VIEW chunk_events; DROP TABLE chunk_examples; DROP TABLE candidates")
 
 
 def _load(con: duckdb.DuckDBPyConnection, first: int, end: int) -> None:
     """Make `chunk_events`, and `chunk_examples` with all candidates of the users."""
     con.execute(
-        "CREATE OR REPLACE TEMP TABLE chunk_events AS SELECT *, epoch(time - lag(time) OVER (PARTITION BY user_row "
-        f"ORDER BY position)) / 86400 AS gap_days FROM log WHERE user_row >= {first} AND user_row < {end}"
+        # the log is in order, so lag needs no sort
+        "CREATE OR REPLACE TEMP VIEW chunk_events AS SELECT *, CASE WHEN position > 0 THEN epoch(time - lag(time) "
+        f"OVER ()) / 86400 END AS gap_days FROM log WHERE user_row >= {first} AND user_row < {end}"
     )
     con.execute(
         "CREATE OR REPLACE TEMP TABLE chunk_examples AS SELECT row_number() OVER (ORDER BY user_row, cut, split) - 1 "
@@ -93,16 +93,17 @@ def _load(con: duckdb.DuckDBPyConnection, first: int, end: int) -> None:
 
 def _keep_eligible(con: duckdb.DuckDBPyConnection, plan: Plan, first_example: int) -> None:
     """Reduce `chunk_examples` to the eligible ones, numbered from `first_example`."""
-    size = con.execute("SELECT count(*) FROM chunk_examples").fetchall()[0][0]
-    rows = history_rows(plan.eligible.window, plan.eligible.events)
-    kept = np.flatnonzero(holds(con, rows, plan.eligible.sql, 0, size, "data.splits.eligible.sql"))
-    con.register("kept_examples", {"number": kept})
+    condition = "visible > 0"  # what the default condition says
+    if plan.eligible != Eligible():
+        size = con.execute("SELECT count(*) FROM chunk_examples").fetchall()[0][0]
+        rows = history_rows(plan.eligible.window, plan.eligible.events)
+        kept = np.flatnonzero(holds(con, rows, plan.eligible.sql, 0, size, "data.splits.eligible.sql"))
+        con.register("kept_examples", {"number": kept})
+        condition = f"{EXAMPLE} IN (SELECT number FROM kept_examples)"
     con.execute(
-        f"CREATE OR REPLACE TEMP TABLE chunk_examples AS SELECT {first_example} + row_number() OVER (ORDER BY "
-        f"{EXAMPLE}) - 1 AS {EXAMPLE}, * EXCLUDE ({EXAMPLE}) FROM chunk_examples WHERE {EXAMPLE} IN (SELECT number "
-        "FROM kept_examples)"
+        f"CREATE OR REPLACE TEMP TABLE chunk_examples AS SELECT * REPLACE ({first_example} + row_number() OVER "
+        f"(ORDER BY {EXAMPLE}) - 1 AS {EXAMPLE}) FROM chunk_examples WHERE {condition}"
     )
-    con.unregister("kept_examples")
 
 
 def is_eligible(con: duckdb.DuckDBPyConnection, chunk: Chunk, eligible: Eligible, key: str) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,15 +40,17 @@ def write_examples(
     tasks: Mapping[str, Any],
     knots: dict[str, np.ndarray] | None = None,
     conditions: Mapping[str, Eligible] | None = None,
+    copied: Collection[str] = (),
 ) -> Examples:
     """Write examples/ into a store whose events are written and whose vocabularies are registered on the connection.
 
     `tasks` maps names to task configs (none in serving). `knots` are a fitted model's (serving), or None to fit them on
     the training examples. Of each of the `conditions` (serving) the column labels/<name>.asked says for whom it holds.
+    `copied`: fields that labels are about, see `Features`.
     Raises UserError where a label, feature or condition cannot be computed, or a split has no examples.
     """
     columns = {name: writer.column(f"examples/{name}", dtype) for name, dtype in _COLUMNS.items()}
-    feature_columns = Features(staged, writer, vocabularies, features, knots)
+    feature_columns = Features(staged, writer, vocabularies, features, knots, copied)
     label_columns = Labels(staged, writer, vocabularies, plan, tasks)
     condition_columns = {name: writer.column(f"examples/labels/{name}.asked", np.bool_) for name in conditions or {}}
     number = np.zeros(len(SPLITS), np.int64)

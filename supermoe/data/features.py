@@ -6,7 +6,7 @@ examples; bags become ids with counts. Training and serving run this same code, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from supermoe.data.vocab import Vocabularies, Vocabulary, normalise, quantile_kn
 from supermoe.typed_yaml import UserError, format_duration, nearest
 
 SMALL_VOCABULARY = 64  # `auto` counts the values of smaller fields one by one, and makes bags of larger ones
-FIT_ROWS = 200_000  # training examples that knots are fitted on, evenly spread where there are more
+FIT_ROWS = 50_000  # training examples that knots are fitted on, evenly spread where there are more
 BLOCK_ROWS = 8_192  # rows at a time of the pass that normalises
 
 
@@ -39,6 +39,7 @@ class Features:
     """Computes the groups chunk by chunk: `add` every chunk in order, then `finish`.
 
     `knots`: name -> knots of a fitted model, whose columns are then written in that order; None to fit them here.
+    `copied`: fields that labels are about, whose ids are counted in every window.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Features:
         vocabularies: Vocabularies,
         groups: Mapping[str, FeatureConfig],
         knots: dict[str, np.ndarray] | None,
+        copied: Collection[str] = (),
     ):
         self.staged, self.writer, self.groups, self.knots = staged, writer, groups, knots
         self.vocabularies = vocabularies.categories
@@ -55,7 +57,7 @@ class Features:
         self.bags: dict[str, BagSchema] = {}
         self._bag_writers: dict[str, list[_BagWriter]] = {}
         for group, config in groups.items():
-            schemas = _bags_of(group, config, self.vocabularies)
+            schemas = _bags_of(group, config, self.vocabularies, copied)
             self.bags |= schemas
             self._bag_writers[group] = [_BagWriter(writer, name, schema) for name, schema in schemas.items()]
         self._raw = writer.scratch / "features.raw"  # the float32 rows as computed
@@ -65,10 +67,12 @@ class Features:
 
     def add(self, chunk: Chunk) -> None:
         """Compute the chunk's columns and bags."""
-        history = self._history(chunk)
         columns: dict[str, np.ndarray] = {}
+        history = self._history(chunk) if any(c.auto or c.bag for c in self.groups.values()) else None
         for group, config in self.groups.items():
             columns |= self._declared(group, config, chunk)
+            if history is None:
+                continue
             seen = history if config.events is None else history.only(self._of_types(config.events))
             if config.auto:
                 columns |= {f"{group}_{name}": values for name, values in _derived(seen, config).items()}
@@ -91,30 +95,35 @@ class Features:
         for writers in self._bag_writers.values():
             for bag_writer in writers:
                 bag_writer.close()
-        train = np.concatenate([np.zeros(0, bool), *self._train])
-        shape = (len(train), len(self.names))
-        raw = (
-            np.memmap(self._raw, np.float32, "r", shape=shape)
-            if len(train) * len(self.names)
-            else np.zeros(shape, np.float32)
-        )
-        knots = self._fit(raw, np.flatnonzero(train)) if self.knots is None else self.knots
+        knots = self._fit() if self.knots is None else self.knots
         position = {name: index for index, name in enumerate(self.names)}
         with self.writer.column("examples/features", np.float32, width=len(knots)) as column:
-            for first in range(0, len(train), BLOCK_ROWS):
-                block = np.empty((len(raw[first : first + BLOCK_ROWS]), len(knots)), np.float32)
+            for _, rows in self._blocks():
+                block = np.empty((len(rows), len(knots)), np.float32)
                 for index, (name, fitted) in enumerate(knots.items()):
-                    block[:, index] = normalise(raw[first : first + BLOCK_ROWS, position[name]], fitted)
+                    block[:, index] = normalise(rows[:, position[name]], fitted)
                 column.append(block)
         return knots
 
-    def _fit(self, raw: np.ndarray, train: np.ndarray) -> dict[str, np.ndarray]:
+    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows as computed [n, columns]), read so that no more than a block is in memory."""
+        width, size = len(self.names), sum(map(len, self._train))
+        for first in range(0, size, BLOCK_ROWS):
+            number = min(BLOCK_ROWS, size - first)
+            values = np.fromfile(self._raw, np.float32, number * width, offset=first * width * 4)
+            yield first, values.reshape(number, width)
+
+    def _fit(self) -> dict[str, np.ndarray]:
+        """Knots of the columns that differ among the training examples."""
+        train = np.flatnonzero(np.concatenate([np.zeros(0, bool), *self._train]))
         sample = train[np.linspace(0, max(len(train) - 1, 0), min(len(train), FIT_ROWS)).astype(np.int64)]
-        knots = {}
+        parts = [np.zeros((0, len(self.names)), np.float32)]
+        for first, rows in self._blocks():
+            parts.append(rows[sample[(sample >= first) & (sample < first + len(rows))] - first])
+        matrix, knots = np.concatenate(parts), {}
         for index, name in enumerate(self.names):
-            values = raw[sample, index]
-            fitted = quantile_knots(values)
-            if len(fitted) > 1 or (len(fitted) == 1 and np.isnan(values).any()):
+            fitted = quantile_knots(matrix[:, index])
+            if len(fitted) > 1 or (len(fitted) == 1 and np.isnan(matrix[:, index]).any()):
                 knots[name] = fitted
         return knots
 
@@ -190,17 +199,26 @@ def _derived(history: History, config: FeatureConfig) -> dict[str, np.ndarray]:
     return columns | lifetime_aggregates(history)
 
 
-def _bags_of(group: str, config: FeatureConfig, vocabularies: Mapping[str, Vocabulary]) -> dict[str, BagSchema]:
-    """Declared bags over the declared windows; else an `auto` group's large fields over its two longest windows."""
-    pairs = [(name, window) for name in config.bag for window in config.windows]
+def _bags_of(
+    group: str, config: FeatureConfig, vocabularies: Mapping[str, Vocabulary], copied: Collection[str]
+) -> dict[str, BagSchema]:
+    """Declared bags over the declared windows; else an `auto` group's large fields over its two longest windows.
+
+    The fields that labels are about get a bag in every window, for the heads to copy from.
+    """
+    pairs = [(name, window, True) for name in config.bag for window in config.windows]
     if config.auto and not config.bag:
-        large = [name for name, v in vocabularies.items() if v.values is None or len(v.values) > SMALL_VOCABULARY]
-        pairs = [(name, window) for name in large for window in sorted(config.windows)[-2:]]
+        longest = sorted(config.windows)[-2:]
+        large = {name for name, v in vocabularies.items() if v.values is None or len(v.values) > SMALL_VOCABULARY}
+        every = [
+            (name, window, name in large and window in longest) for name in vocabularies for window in config.windows
+        ]
+        pairs = [(name, window, is_input) for name, window, is_input in every if is_input or name in copied]
     return {
         f"{group}_{name}_{format_duration(window)}": BagSchema(
-            field=name, window=window, size=vocabularies[name].size, max_ids=config.max_bag
+            field=name, window=window, size=vocabularies[name].size, max_ids=config.max_bag, input=is_input
         )
-        for name, window in pairs
+        for name, window, is_input in pairs
     }
 
 

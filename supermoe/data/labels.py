@@ -8,6 +8,7 @@ examples and answers encoded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 from supermoe.config import Eligible, WindowLabel
 from supermoe.data.chunks import Chunk, future_rows, is_eligible
 from supermoe.data.expressions import EXAMPLE, check, check_events, evaluate
-from supermoe.data.schema import UNKNOWN, LabelSchema
+from supermoe.data.schema import FIRST_ID, UNKNOWN, LabelSchema
 from supermoe.data.splits import SPLITS, Plan
 from supermoe.data.sql import quote
 from supermoe.data.staging import Staged
@@ -176,8 +177,18 @@ class Labels:
         )
         values = [row[0] for row in self.con.execute("SELECT value FROM classes ORDER BY id").fetchall()]
         plain = [value if isinstance(value, str | int | float) else str(value) for value in values]
-        schema = LabelSchema(kind=kind, classes=plain, num_classes=len(plain))
+        schema = LabelSchema(kind=kind, classes=plain, num_classes=len(plain), **self._source(label, plain))
         return schema, "LEFT JOIN classes ON classes.value = answers.value", "classes.id"
+
+    def _source(self, label: WindowLabel, classes: list[Any]) -> dict[str, Any]:
+        """The event field that the fitted classes are values of, and their ids in its vocabulary, if there is one."""
+        source = field_of(label, self.vocabularies.categories)
+        known = self.vocabularies.categories[source].values if source else None
+        if known is None:
+            return {}
+        id_of = {str(value): FIRST_ID + row for row, value in enumerate(known.to_pylist())}
+        ids = [id_of.get(str(value), UNKNOWN) for value in classes]
+        return {"source": source, "ids": ids} if set(ids) != {UNKNOWN} else {}
 
     def _check_training(self, task: str, values: np.ndarray) -> None:
         """Refuse a task that nothing can be learnt for; `values` are its known training labels."""
@@ -193,6 +204,15 @@ class Labels:
             f"tasks.{task}: {why}, so there is nothing to learn. Check its label (window, events, empty) and "
             f"`eligible`, or remove the task with tasks.{task}=null."
         )
+
+
+def field_of(label: WindowLabel, categories: Mapping[str, Any]) -> str | None:
+    """The category field of the events that a label is about: the declared one, or the only one its SQL names."""
+    if label.field or label.next:
+        return label.field or label.next
+    words = set(re.findall(r"[^\W\d]\w*", label.sql or ""))
+    named = [name for name in categories if name in words]
+    return named[0] if len(named) == 1 and label.table is None else None
 
 
 def _table(task: str) -> str:

@@ -13,6 +13,7 @@ from supermoe.config import Eligible, FieldConfig, RunConfig
 from supermoe.data import audit, staging, vocab
 from supermoe.data.events import write_events, write_users
 from supermoe.data.examples import write_examples
+from supermoe.data.labels import field_of
 from supermoe.data.schema import FieldSchema, Schema
 from supermoe.data.splits import serving_plan
 from supermoe.data.store import FORMAT_VERSION, Store, StoreWriter
@@ -41,7 +42,10 @@ def prepare(config: RunConfig, source: Any = None) -> Store:
             vocabularies.register(con)
             num_duplicates = write_events(staged, vocabularies, writer)
             write_users(staged, writer)
-            examples = write_examples(staged, writer, vocabularies, plan, config.features, config.tasks)
+            copied = {field for label in labels.values() if (field := field_of(label, vocabularies.categories))}
+            examples = write_examples(
+                staged, writer, vocabularies, plan, config.features, config.tasks, copied=copied
+            )
             vocab.save_feature_knots(writer.folder / "vocab", examples.knots)
             schema = _schema(staged, vocabularies, list(examples.knots), examples.bags, examples.labels)
             checked = audit.audit(staged, writer.folder, plan, schema, config.features, config.tasks)
@@ -79,7 +83,10 @@ def prepare_serving(
             eligible = Eligible(sql="true") if everyone else getattr(config.data.splits, "eligible", Eligible())
             plan = serving_plan(as_of, eligible)
             knots = vocab.load_feature_knots(vocab_dir)
-            examples = write_examples(staged, writer, vocabularies, plan, config.features, {}, knots, conditions)
+            copied = {bag.field for bag in schema.bags.values() if not bag.input}
+            examples = write_examples(
+                staged, writer, vocabularies, plan, config.features, {}, knots, conditions, copied
+            )
         served = schema.model_copy(update={"labels": {}})
         return writer.finish(served, "", examples.summary)
 

@@ -27,18 +27,22 @@ class BagSchema(Config):
     window: int  # seconds
     size: int
     max_ids: int  # most frequent ids kept per example
+    input: bool = True  # read by the feature network; otherwise only copied by the heads of labels about the field
 
 
 class LabelSchema(Config):
     """What is asked of the examples under one task name.
 
     kind `number`: float32, NaN where not asked. `class`: int32 class, -1 where not asked. `set`: a set of classes per example.
-    With `field` the classes are that field's vocabulary ids; otherwise `classes` lists their values in order.
+    With `field` the classes are that field's vocabulary ids; otherwise `classes` lists their values in order, and where those are
+    values of an event field, `source` names it and `ids` are the classes' vocabulary ids.
     """
 
     kind: Literal["number", "class", "set"]
     classes: list[Any] | None = None
     field: str | None = None
+    source: str | None = None
+    ids: list[int] = Field(default_factory=list)
     num_classes: int = 0
 
 

@@ -27,8 +27,8 @@ DEFAULT_SPACING = 28 * DAY  # between automatic cuts when no label has a window
 class UserFolds(Config):
     """Hash buckets of users, for labels that do not change with time: test = fold, valid = fold + 1, the rest train."""
 
-    folds: int = Field(5, ge=3)
-    fold: int = Field(0, ge=0)
+    folds: int = Field(default=5, ge=3)
+    fold: int = Field(default=0, ge=0)
     salt: int = 0
 
     @field_validator("fold")

@@ -13,6 +13,7 @@ from supermoe.data.schema import Schema
 from supermoe.model.named import ByName
 from supermoe.model.packed import read_of_events
 
+DIRECT_DIRECTIONS = 16  # of a bag, given to the heads of static attributes as they are
 TAIL = 1e-3  # shares nearer to 0 and 1 than this are moved here before they are turned into normal deviates
 
 
@@ -32,14 +33,18 @@ def encode_numbers(features_BP: Tensor, bins: int) -> Tensor:
 
 
 class Bag(nn.Module):
-    """A bag of counts as L2-normalised TF-IDF through a table: sum_v w_v E_v / |w|, w_v = log(1 + count_v) idf_v."""
+    """A bag of counts as L2-normalised TF-IDF through a table: sum_v w_v E_v / |w|, w_v = log(1 + count_v) idf_v.
 
+    The table holds singular vectors, leading ones first (`FeatureEncoder.init_bag`), and is not learnt: what an id means to
+    the tasks is learnt by the event embedding; here a small data set would only be memorised.
+    """
+
+    table_VD: Tensor
     idf_V: Tensor
 
     def __init__(self, size: int, dim: int):
         super().__init__()
-        self.table_VD = nn.Parameter(torch.randn(size, dim))
-        self.table_VD.is_table = True  # type: ignore[attr-defined]
+        self.register_buffer("table_VD", torch.randn(size, dim))
         self.register_buffer("idf_V", torch.ones(size))
 
     def forward(self, counts: Jagged) -> Tensor:
@@ -83,17 +88,28 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         self.dim, self.bag_dim, self.bins = config.dim, config.bag_dim, config.number_bins
         self.dropout = config.feature_dropout
-        self.bags = ByName({name: Bag(bag.size, config.bag_dim) for name, bag in schema.bags.items()})
-        num_inputs = len(schema.features) * (self.bins + 2) + len(schema.bags) * self.bag_dim
+        inputs = {name: bag for name, bag in schema.bags.items() if bag.input}
+        self.bags = ByName({name: Bag(bag.size, config.bag_dim) for name, bag in inputs.items()})
+        longest = {bag.field: name for name, bag in sorted(inputs.items(), key=lambda item: item[1].window)}
+        self.lifetime = [list(inputs).index(name) for name in longest.values()]
+        num_inputs = len(schema.features) * (self.bins + 2) + len(inputs) * self.bag_dim
         self.network = self._network(num_inputs, 4 * config.dim, config.feature_layers) if num_inputs else None
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Features and bags of a batch's examples -> f_BD; zero where none are declared."""
+    @property
+    def direct_dim(self) -> int:
+        """Width of what `forward` gives beside the encoded features."""
+        return len(self.lifetime) * min(DIRECT_DIRECTIONS, self.bag_dim)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features and bags of a batch's examples -> f_BD, zero where none are declared, and the leading directions of
+        every field's bag over the longest window, side by side."""
         if self.network is None:
-            return torch.zeros(batch.num_examples, self.dim, device=batch.read_B.device)
+            nothing = torch.zeros(batch.num_examples, self.dim, device=batch.read_B.device)
+            return nothing, nothing[:, :0]
+        bags = [bag(batch.bags[name]) for name, bag in self.bags.items()]
         numbers = encode_numbers(batch.features_BP.to(next(self.network.parameters()).dtype), self.bins)
-        inputs = torch.cat([numbers, *(bag(batch.bags[name]) for name, bag in self.bags.items())], dim=1)
-        return self.network(ops.dropout(inputs, self.dropout, self.training))
+        f_BD = self.network(ops.dropout(torch.cat([numbers, *bags], dim=1), self.dropout, self.training))
+        return f_BD, torch.cat([numbers[:, :0], *(bags[i][:, :DIRECT_DIRECTIONS] for i in self.lifetime)], dim=1)
 
     @torch.no_grad()
     def init_bag(self, name: str, matrix_VD: Tensor, idf_V: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from supermoe import ops
 from supermoe.data.batch import Batch
+from supermoe.data.schema import FIRST_ID
 from supermoe.model.packed import read_of_events
 
 PRIOR_COUNTS = 60.0  # counts that a field head's prior is worth beside a user's own
@@ -20,7 +22,8 @@ PRIOR_COUNTS = 60.0  # counts that a field head's prior is worth beside a user's
 class HeadSpec:
     """What a task or a pre-training objective needs.
 
-    `linear`: `size` logits; with `field` the classes are that event field's ids, and counts of them are copied.
+    `linear`: `size` logits; with `field` the classes are that event field's ids, or those in `ids`, and counts of them are
+    copied; `direct`: the head also reads the leading directions of the bags, for static attributes of few users.
     `field`: one logit per id of the field, from its embeddings. `reads`: an example's read-out or an event's output.
     """
 
@@ -28,21 +31,26 @@ class HeadSpec:
     size: int = 0
     field: str | None = None
     reads: Literal["example", "event"] = "example"
+    ids: Sequence[int] = ()
+    direct: bool = False
 
 
 class CopyTerm(nn.Module):
     """What a user did before, scored by its counts, window by window.
 
     logit_v = sum over the field's bags w of (a_w + b_w(x) + c_wv) log(1 + rate_v count_v): from the ids in the bags
-    alone. The a_w start at `start` in all, the rest at zero, and the rates, which are not learnt, at one.
+    alone. The a_w start at `start` in all, the rest at zero, and the rates, which are not learnt, at one. With `ids` only
+    those ids are scored, in their order.
     """
 
     rate_V: Tensor
+    class_V: Tensor | None
 
-    def __init__(self, width: int, size: int, bags: list[str], start: float):
+    def __init__(self, width: int, size: int, bags: list[str], start: float, ids: Sequence[int] = ()):
         super().__init__()
         self.bags = bags
         self.register_buffer("rate_V", torch.ones(size))
+        self.register_buffer("class_V", class_of_ids(ids) if ids else None, persistent=False)
         self.window = nn.Linear(width, len(bags))
         self.class_VW = nn.Parameter(torch.zeros(size, len(bags)))
         nn.init.zeros_(self.window.weight)
@@ -55,33 +63,57 @@ class CopyTerm(nn.Module):
         for w, name in enumerate(self.bags):
             bag = batch.bags[name]
             assert bag.weights is not None, "bags are counted"
-            example_R = read_of_events(bag.offsets, len(bag.ids))
-            cells.append(example_R * size + bag.ids)
-            weight_R = weight_BW[:, w][example_R] + self.class_VW[:, w][bag.ids]
-            values.append(weight_R * torch.log1p(bag.weights * self.rate_V[bag.ids]).to(weight_R.dtype))
+            example_R, id_R, count_R = read_of_events(bag.offsets, len(bag.ids)), bag.ids, bag.weights
+            if self.class_V is not None:
+                class_R = F.pad(self.class_V, (0, 1), value=-1)[id_R.clamp(max=len(self.class_V))]
+                scored = class_R >= 0
+                example_R, id_R, count_R = example_R[scored], class_R[scored], count_R[scored]
+            cells.append(example_R * size + id_R)
+            weight_R = weight_BW[:, w][example_R] + self.class_VW[:, w][id_R]
+            values.append(weight_R * torch.log1p(count_R * self.rate_V[id_R]).to(weight_R.dtype))
         flat = torch.zeros(len(x_BX) * size, dtype=values[0].dtype, device=x_BX.device)
         return flat.index_add(0, torch.cat(cells), torch.cat(values)).view(len(x_BX), size)
+
+
+def class_of_ids(ids: Sequence[int]) -> Tensor:
+    """Class c has the id ids[c] -> the class of every id [max(ids) + 1], -1 for none; ids below `FIRST_ID` have none."""
+    class_V = torch.full((max(ids) + 1,), -1)
+    class_V[torch.tensor(ids)] = torch.arange(len(ids))
+    class_V[:FIRST_ID] = -1
+    return class_V
 
 
 class LinearHead(nn.Module):
     """logits = W dropout(norm(x)) + b, and copied counts where the classes are ids of a field with `bags`.
 
-    W starts at zero: a head that is given the prior's bias starts as the prior.
+    W starts at zero: a head that is given the prior's bias starts as the prior. The last `direct_dim` inputs are added
+    as they are, through weights of their own.
     """
 
-    def __init__(self, width: int, size: int, bags: list[str], dropout: float):
+    def __init__(
+        self, width: int, size: int, bags: list[str], dropout: float, ids: Sequence[int] = (), direct_dim: int = 0
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.weight = nn.Parameter(torch.zeros(size, width))
         self.bias = nn.Parameter(torch.zeros(size))
-        self.copy = CopyTerm(width, size, bags, start=0.0) if bags else None
+        self.copy = CopyTerm(width, size, bags, 0.0, ids) if bags else None
+        self.direct_CX = nn.Parameter(torch.zeros(size, direct_dim)) if direct_dim else None
         self.dropout = dropout
 
     def logits(self, x_BX: Tensor, batch: Batch) -> Tensor:
         """Read-outs x_BX of the batch's examples -> logits_BC."""
+        x_BX, direct_BX = x_BX.split([self.weight.shape[1], x_BX.shape[1] - self.weight.shape[1]], dim=1)
         x_BX = ops.dropout(self.norm(x_BX), self.dropout, self.training)
         logits_BC = F.linear(x_BX, self.weight, self.bias)
+        if self.direct_CX is not None:
+            logits_BC = logits_BC + F.linear(direct_BX, self.direct_CX)
         return logits_BC if self.copy is None else logits_BC + self.copy(x_BX, batch)
+
+
+    def penalty(self) -> Tensor | float:
+        """Sum of squares of the weights of a head with direct inputs; 0 for others, which the optimiser decays -> scalar."""
+        return 0.0 if self.direct_CX is None else self.direct_CX.square().sum() + self.weight.square().sum()
 
 
 class FieldHead(nn.Module):
@@ -123,6 +155,10 @@ class FieldHead(nn.Module):
         x_BX = self._regularised(x_BX)
         logits_BV = F.linear(self.project(x_BX), *self.table())
         return logits_BV if self.copy is None else logits_BV + self.copy(x_BX, batch)
+
+    def penalty(self) -> float:
+        """See `LinearHead.penalty`."""
+        return 0.0
 
     def _regularised(self, x: Tensor) -> Tensor:
         return ops.dropout(self.norm(x), self.dropout, self.training)

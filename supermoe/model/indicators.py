@@ -38,12 +38,13 @@ class Indicators(nn.Module):
         self.questions = ByName({name: Question(config.dim) for name in questions})
         self.norm = nn.LayerNorm(config.dim, bias=False)
 
-    def forward(self, batch: Batch, last_B: Tensor, seen_B: Tensor) -> Tensor:
-        """Tokens of every question about every example -> x_QBD.
+    def forward(self, batch: Batch, last_B: Tensor, seen_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of every question about every example -> x_QBD, and the directions that heads read as they are.
 
         `last_B` is the time of the last visible event, read where `seen_B` says that there is one.
         """
         gap_B = log_gap(batch.cut_B - last_B).masked_fill(~seen_B, torch.nan)
         when_BD = self.when(torch.cat([gap_B[:, None], calendar(batch.cut_B)], dim=1))
-        f_BD = self.features(batch)
-        return self.norm(when_BD + torch.stack([question(f_BD) for question in self.questions.values()]))
+        f_BD, direct_BX = self.features(batch)
+        x_QBD = self.norm(when_BD + torch.stack([question(f_BD) for question in self.questions.values()]))
+        return x_QBD, direct_BX

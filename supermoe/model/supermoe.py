@@ -42,6 +42,7 @@ class SuperMoE(nn.Module):
         tasks = [name for name, spec in heads.items() if spec.reads == "example"]
         self.embedding = EventEmbedding(schema, config)
         self.encoder = Encoder(config)
+        self.direct = [name for name in tasks if heads[name].direct]
         self.readout = build("supermoe.model.readouts", config.readout, dim=config.dim, tasks=tasks)
         if USER in self.readout.questions:
             raise UserError(f"tasks.{USER}: this name belongs to the user's own indicator; give the task another one.")
@@ -63,12 +64,13 @@ class SuperMoE(nn.Module):
         """Ask every question about the batch's examples, of which `visible_B` counts the events known to `history`."""
         end_B = history.offsets_S[batch.read_B] + batch.visible_B
         last_B = torch.cat([history.time_J.new_zeros(1), history.time_J])[end_B]
-        x_QBD = self.indicators(batch, last_B, batch.visible_B > 0)
+        x_QBD, direct_BX = self.indicators(batch, last_B, batch.visible_B > 0)
         num_questions = len(x_QBD)
         where = [per_B.repeat(num_questions) for per_B in (batch.read_B, batch.visible_B, batch.cut_B)]
         answer_MD, routings = self.encoder.ask(history, x_QBD.flatten(0, 1), *where)
         user_BD, *own = answer_MD.view_as(x_QBD).unbind(0)
         task_BX = self.readout(user_BD, dict(zip(self.readout.questions, own, strict=True)))
+        task_BX |= {name: torch.cat([task_BX[name], direct_BX], dim=1) for name in self.direct}
         return Output(history.event_ND, user_BD, task_BX, history.routings + routings, list(self.indicators.questions))
 
     def num_parameters(self, active: bool = False) -> int:
@@ -89,6 +91,7 @@ class SuperMoE(nn.Module):
         width = self.readout.width if spec.reads == "example" else self.config.dim
         bags = [name for name, bag in schema.bags.items() if bag.field == spec.field and spec.reads == "example"]
         if spec.kind == "linear":
-            return LinearHead(width, spec.size, bags, self.config.dropout)
+            direct_dim = self.indicators.features.direct_dim if spec.direct else 0
+            return LinearHead(width, spec.size, bags, self.config.head_dropout, spec.ids, direct_dim)
         assert spec.field is not None, "a head of kind 'field' names its field"
-        return FieldHead(width, self.embedding.tables[spec.field], bags, self.config.dropout)
+        return FieldHead(width, self.embedding.tables[spec.field], bags, self.config.head_dropout)

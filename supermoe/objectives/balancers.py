@@ -1,7 +1,7 @@
 """How the weights of the losses follow training. A balancer is asked after every step and answers for the next one.
 
-Losses arrive divided by their prior's, summed over ranks and accumulation steps, so that every rank gets the same weights.
-Weights sum to one. All state is in buffers, so that it is part of the checkpoint.
+Losses arrive divided by their prior's, summed over ranks and accumulation steps, so that every rank gets the same
+weights. Weights sum to one. All state is in buffers, so that it is part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Fixed(Balancer):
         def _positive(cls, weights: dict[str, float]) -> dict[str, float]:
             wrong = [name for name, weight in weights.items() if weight <= 0]
             if wrong:
-                raise ValueError(f"the weight of '{wrong[0]}' must be above 0; to leave a task out, set tasks.{wrong[0]}=null")
+                raise ValueError(
+                    f"the weight of '{wrong[0]}' must be above 0; to leave a task out, set tasks.{wrong[0]}=null"
+                )
             return weights
 
     def __init__(self, config: Any, *, names: list[str]):

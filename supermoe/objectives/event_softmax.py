@@ -31,7 +31,7 @@ def check_category(schema: Schema, field: str | None, key: str) -> str:
 
 
 def next_ids(batch: Batch, field: str) -> Tensor:
-    """Id of the field at the next event of the same read -> int64 [N]; below `FIRST_ID` where there is nothing to predict.
+    """Id of the field at the next event of the same read -> int64 [N]; below `FIRST_ID`: nothing to predict.
 
     A read's last event predicts nothing: what follows it may belong to another split.
     """
@@ -43,8 +43,8 @@ def next_ids(batch: Batch, field: str) -> Tensor:
 class EventSoftmax:
     """Cross-entropy of one field's ids at event positions: full, or sampled with a logQ correction.
 
-    Negatives are drawn log-uniformly over the vocabulary, which is sorted by falling count (uniformly for hashed fields), and
-    are shared by all positions of the batch.
+    Negatives are drawn log-uniformly over the vocabulary, which is sorted by falling count (uniformly for hashed
+    fields), and are shared by all positions of the batch.
     """
 
     def __init__(self, schema: Schema, field: str, negatives: Negatives = "auto", precision: str = "fp32"):

@@ -1,8 +1,9 @@
-"""One loss out of many: each task's mean over everything it asked in the step, on the scale of its prior, times its weight.
+"""One loss out of many: each task's mean over all it asked in the step, on the scale of its prior, times its weight.
 
     L = sum_t w_t * weight_t * (sum_i d_it l_it / sum_i d_it) / prior_t + router losses
 
-Both sums run over all accumulation steps and ranks, so that a task with few labels is neither drowned nor noisy by accident.
+Both sums run over all accumulation steps and ranks, so that a task with few labels is neither drowned nor noisy by
+accident.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from supermoe.objectives.balancers import Balancer
 from supermoe.objectives.task import Task
 from supermoe.typed_yaml import UserError
 
+FEW_USERS = 1000  # a task with this many labelled users has half a say in what is shared
+HEAD_PRIOR = 150.0  # users' worth of evidence that the heads of static attributes must overcome to leave zero
+
 
 class NonFiniteLoss(UserError):
     """A loss became NaN or infinite; the weights are still those before the step."""
@@ -30,7 +34,9 @@ class Objective:
         self.tasks, self.pretraining, self.balancer = tasks, pretraining, balancer
         self.terms: dict[str, Any] = {**tasks, **pretraining}
         self.names = list(self.terms)
-        self._scale_T = torch.tensor([t.config.weight / t.prior_loss for t in self.terms.values()], dtype=torch.float32)
+        evidence = {name: task.num_users / (task.num_users + FEW_USERS) for name, task in tasks.items()}
+        self._weights = {name: term.config.weight * evidence.get(name, 1.0) for name, term in self.terms.items()}
+        self._scale_T = torch.tensor([self._weights[name] / term.prior_loss for name, term in self.terms.items()])
 
     def counts(self, batches: list[Batch]) -> Tensor:
         """How often each loss is asked in one optimiser step -> float64 [T], summed over micro-batches and ranks."""
@@ -40,7 +46,7 @@ class Objective:
     def loss(
         self, heads: Any, output: Any, batch: Batch, count_T: Tensor, *, num_batches: int = 1, step: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """This micro-batch's share of the step's loss (with a gradient), and the sums of losses by term (float64 [T], detached).
+        """This micro-batch's share of the step's loss (with a gradient), and the sums of losses (float64 [T]).
 
         Args:
             count_T: `counts` of the whole step.
@@ -51,15 +57,19 @@ class Objective:
         sum_T = torch.stack([self._sum(name, heads, output, batch) for name in self.names])
         self._check(sum_T, batch, step)
         weight_T = (self.balancer.weight_T * self._scale_T / count_T.clamp(min=1)).to(sum_T)
-        world_size = dist.get_world_size() if dist.is_initialized() else 1  # data parallelism averages gradients over ranks
-        total = (weight_T * sum_T).sum() * world_size
+        total = (weight_T * sum_T).sum()
+        if dist.is_initialized():  # data parallelism averages gradients over ranks; the counts are of all ranks
+            total = total * dist.get_world_size()
+        for name, task in self.tasks.items():
+            strength = self._weights[name] * HEAD_PRIOR / task.num_users
+            total = total + strength * heads[name].penalty() / num_batches
         for entry in output.routings:
             if entry.routing.aux_loss is not None:
                 total = total + entry.routing.aux_loss / num_batches
         return total, sum_T.detach().double().cpu()
 
     def finish_step(self, sum_T: Tensor, count_T: Tensor) -> dict[str, float]:
-        """Tell the balancer how the step went -> mean loss by term, divided by its prior's; NaN where nothing was asked."""
+        """Tell the balancer how the step went -> mean loss by term over its prior's; NaN where nothing was asked."""
         priors_T = torch.tensor([term.prior_loss for term in self.terms.values()], dtype=torch.float64)
         loss_T = _all_reduce(sum_T) / count_T / priors_T
         self.balancer.weight_T = self.balancer(loss_T.float(), count_T.float())
@@ -76,9 +86,9 @@ class Objective:
             index = int((~sums.isfinite()).nonzero()[0])
             rows = ", ".join(map(str, batch.example_B[:5].tolist()))
             raise NonFiniteLoss(
-                f"step {step}: the loss of '{self.names[index]}' is {float(sums[index])} on the batch of {batch.num_examples} "
-                f"examples that holds store rows {rows}. The weights before this step are kept: lower training.lr or "
-                f"training.clip_norm, use training.precision=fp32, or look at these examples"
+                f"step {step}: the loss of '{self.names[index]}' is {float(sums[index])} on the batch of "
+                f"{batch.num_examples} examples that holds store rows {rows}. The weights before this step are kept: "
+                f"lower training.lr or training.clip_norm, use training.precision=fp32, or look at these examples"
             )
 
 

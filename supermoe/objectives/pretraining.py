@@ -26,8 +26,8 @@ class PretrainingConfig(Config):
 class NextEvent:
     """At every event, predict fields of the next event of the same read.
 
-    The loss of an event is the mean over the fields of its cross-entropy divided by that of the field's unigram prior, so that
-    fields of 10 and of 10,000 values weigh the same; a field that is empty at the next event adds nothing.
+    The loss of an event is the mean over the fields of its cross-entropy divided by that of the field's unigram prior,
+    so that fields of 10 and of 10,000 values weigh the same; a field that is empty at the next event adds nothing.
     """
 
     class Config(PretrainingConfig):

@@ -1,7 +1,7 @@
 """Tasks that rank the ids of a field: what a user will take next, out of everything there is.
 
-Scores hold `top_k` [n, k] ids by falling score (-1: no more), their `scores`, and, where labels are known, `rank` [n]: the place
-of the best relevant id in the full ranking (1 is first, 0: nothing relevant).
+Scores hold `top_k` [n, k] ids by falling score (-1: no more), their `scores`, and, where labels are known, `rank` [n]:
+the place of the best relevant id in the full ranking (1 is first, 0: nothing relevant).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from supermoe.data.schema import FIRST_ID, LabelSchema, Schema
 from supermoe.model.heads import HeadSpec
 from supermoe.objectives import measures
 from supermoe.objectives.event_softmax import EventSoftmax, Negatives, check_category, entropy, next_ids, set_field_bias
-from supermoe.objectives.task import MIN_PRIOR_LOSS, Labels, Scores, Task, TaskConfig, asked, repeat_row, set_rows
+from supermoe.objectives.task import MIN_PRIOR_LOSS, Labels, Scores, Task, TaskConfig, repeat_row, set_rows
 from supermoe.typed_yaml import ALL_TIME
 
 MAX_LOGITS = 1 << 24  # logits held at once while ranking
@@ -35,6 +35,7 @@ class _Ranking(Task):
     """Metrics, prior and decoding of ranked ids."""
 
     main_metric = "ndcg@10"
+    prior_C: Tensor  # popularity of the ids from FIRST_ID on
 
     def __init__(self, config: Any, *, name: str, label: LabelSchema, schema: Schema):
         super().__init__(config, name=name, label=label, schema=schema)
@@ -70,14 +71,19 @@ class _Ranking(Task):
             row, ids = relevant_ids(batch.labels[self.name])
             inside = (row >= first) & (row < first + num_rows)
             row, ids = row[inside] - first, ids[inside]
-            best_B = logits_BV.new_full((num_rows,), torch.nan).scatter_reduce(0, row, logits_BV[row, ids], "amax", include_self=False)
+            none_B = logits_BV.new_full((num_rows,), torch.nan)
+            best_B = none_B.scatter_reduce(0, row, logits_BV[row, ids], "amax", include_self=False)
             rank_B = 1 + (logits_BV > best_B[:, None]).sum(dim=1)
             found["rank"] = torch.where(best_B.isnan(), 0, rank_B)
         return found
 
 
 class Retrieval(_Ranking):
-    """A set of ids of a field, all of them relevant; full softmax over the vocabulary, averaged over the set."""
+    """A set of ids of a field, all of them relevant: full softmax over the vocabulary, summed over the set.
+
+    An example's loss is divided by the best DCG@10 that its set allows, as its NDCG@10 is: a mean over the set would let
+    small sets, which say little about the ranking, outweigh large ones.
+    """
 
     class Config(RankingConfig):
         type: str = "retrieval"
@@ -89,11 +95,12 @@ class Retrieval(_Ranking):
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         self._asked_training(labels)
         row, ids = relevant_ids(labels)
-        weight = 1 / torch.bincount(row).double()[row]  # every example counts once, however large its set
+        sizes_B = torch.bincount(row)
+        weight = (1 / best_dcg(sizes_B).double())[row]
         counts_V = torch.zeros(self.schema.fields[self.field].size, dtype=torch.double).index_add(0, ids, weight)
         self.prior_C = self.softmax.prior(counts_V)
-        share_C = counts_V[FIRST_ID:] / counts_V.sum().clamp(min=1)
-        self.prior_loss = max(-float((share_C * self.prior_C.log()).sum()), MIN_PRIOR_LOSS)
+        loss = -(counts_V[FIRST_ID:] * self.prior_C.log()).sum() / max(int((sizes_B > 0).sum()), 1)
+        self.prior_loss = max(float(loss), MIN_PRIOR_LOSS)
 
     def count(self, batch: Batch) -> int:
         return int(relevant_ids(batch.labels[self.name])[0].unique().numel())
@@ -102,7 +109,7 @@ class Retrieval(_Ranking):
         row, ids = relevant_ids(batch.labels[self.name])
         log_p_BC = self.logits(head, output, batch)[:, FIRST_ID:].log_softmax(dim=-1)
         sizes_B = torch.bincount(row, minlength=batch.num_examples)
-        return -(log_p_BC[row, ids - FIRST_ID] / sizes_B[row]).sum(), int((sizes_B > 0).sum())
+        return -(log_p_BC[row, ids - FIRST_ID] / best_dcg(sizes_B)[row]).sum(), int((sizes_B > 0).sum())
 
     def scores(self, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:
         return self.rank(self.logits(head, output, batch), batch)
@@ -143,12 +150,20 @@ class NextItem(_Ranking):
         has_events_B = batch.visible_B > 0
         x_BD = output.event_ND.new_zeros(batch.num_examples, output.event_ND.shape[1])
         x_BD[has_events_B] = output.event_ND[last_B[has_events_B]]
-        query_BD = torch.where(has_events_B[:, None], head.query(x_BD), 0.0)  # nothing seen: the bias, which is popularity, ranks
+        # Where nothing was seen the bias ranks alone, which starts as popularity.
+        query_BD = torch.where(has_events_B[:, None], head.query(x_BD), 0.0)
         chunk = max(1, MAX_LOGITS // len(weight_VD))
         parts = [
-            self.rank((query_BD[i : i + chunk] @ weight_VD.t() + bias_V).float(), batch, i) for i in range(0, len(query_BD), chunk)
+            self.rank((query_BD[i : i + chunk] @ weight_VD.t() + bias_V).float(), batch, i)
+            for i in range(0, len(query_BD), chunk)
         ]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def best_dcg(sizes_B: Tensor, k: int = 10) -> Tensor:
+    """DCG@k of a perfect ranking of sets of these sizes -> float32 [B]; that of one id for an empty set."""
+    gains_K = 1 / torch.log2(torch.arange(2, k + 2, device=sizes_B.device))
+    return gains_K.cumsum(0)[sizes_B.clamp(1, k) - 1]
 
 
 def relevant_ids(labels: Labels) -> tuple[Tensor, Tensor]:
@@ -162,7 +177,7 @@ def relevant_ids(labels: Labels) -> tuple[Tensor, Tensor]:
 
 
 def seen_ids(batch: Batch, field: str, schema: Schema, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """(example - first, id) of the field's values in the visible histories of examples `first` to `last`, from events and bags."""
+    """(example - first, id) of a field in the visible histories of examples `first` to `last`, bags included."""
     read_B, visible_B = batch.read_B[first:last], batch.visible_B[first:last]
     row = torch.repeat_interleave(torch.arange(len(read_B), device=read_B.device), visible_B)
     before_B = visible_B.cumsum(0) - visible_B

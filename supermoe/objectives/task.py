@@ -1,7 +1,7 @@
 """What every task can do: size its head, know its prior, and turn outputs into losses, scores and metrics.
 
-Labels come in one form everywhere, that of `Batch.labels`: float32 [B] (NaN: not asked), int64 [B] (-1: not asked) or `SetLabels`.
-Scores are a dict of arrays with one row per example; what it holds is said by each task.
+Labels come in one form everywhere, that of `Batch.labels`: float32 [B] (NaN: not asked), int64 [B] (-1: not asked) or
+`SetLabels`. Scores are a dict of arrays with one row per example; what it holds is said by each task.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Task:
     def __init__(self, config: Any, *, name: str, label: LabelSchema, schema: Schema):
         self.config, self.name, self.label, self.schema = config, name, label, schema
         self.prior_loss = 1.0
+        self.num_users = 1  # that have a label in training
 
     # --- set-up ---
 
@@ -53,10 +54,16 @@ class Task:
         """What the model must answer with."""
         raise NotImplementedError
 
+    def linear_head(self, size: int, copies: bool = False) -> HeadSpec:
+        """A linear head; of a static attribute with direct inputs, and with copied counts where classes are a field's values."""
+        field = (self.label.field or self.label.source) if copies else None
+        is_static = self.config.label.attribute is not None
+        return HeadSpec(kind="linear", size=size, field=field, ids=self.label.ids if field else (), direct=is_static)
+
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         """Learn the best constant answer from the training labels.
 
-        `counts_V`: how often each id of the label's field occurs in training time, for tasks whose classes are a field's ids.
+        `counts_V`: how often each id of the label's field occurs in training time, where the classes are a field's ids.
         """
         raise NotImplementedError
 
@@ -119,8 +126,8 @@ class Task:
         mask = asked(labels)
         if not bool(mask.any()):
             raise UserError(
-                f"tasks.{self.name}: no training example has a label; check its `label` and `eligible`, or remove the task "
-                f"with tasks.{self.name}=null"
+                f"tasks.{self.name}: no training example has a label; check its `label` and `eligible`, or remove the "
+                f"task with tasks.{self.name}=null"
             )
         return mask
 
@@ -171,7 +178,7 @@ def take_labels(labels: Labels, index: Tensor) -> Labels:
     return SetLabels(labels.asked_B[index], offsets, labels.ids[rows])
 
 
-def repeat_row(row: Tensor | NDArray, num_examples: int) -> NDArray:
+def repeat_row(row: Tensor | NDArray | float, num_examples: int) -> NDArray:
     """One answer for every example -> [n, ...]; a view, nothing is copied."""
-    array = np.asarray(row)
+    array = np.asarray(row, dtype=np.float32) if isinstance(row, float) else np.asarray(row)
     return np.broadcast_to(array, (num_examples, *array.shape))

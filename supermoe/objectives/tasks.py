@@ -29,14 +29,16 @@ class Binary(Task):
     main_metric = "auc"
 
     def head_spec(self) -> HeadSpec:
-        return HeadSpec(kind="linear", size=1)
+        return self.linear_head(1)
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         assert isinstance(labels, Tensor)
         target = labels[self._asked_training(labels)]
         wrong = target[(target != 0) & (target != 1)]
         if len(wrong):
-            raise UserError(f"tasks.{self.name}: a binary label must be 0 or 1 (or false or true), found {wrong[0].item():g}")
+            raise UserError(
+                f"tasks.{self.name}: a binary label must be 0 or 1 (or false or true), found {wrong[0].item():g}"
+            )
         self.prior, self.prior_loss = _bernoulli_prior(target[:, None])
 
     def init_head(self, head: Any) -> None:
@@ -80,10 +82,12 @@ class Multiclass(Task):
     def __init__(self, config: Any, *, name: str, label: LabelSchema, schema: Schema):
         super().__init__(config, name=name, label=label, schema=schema)
         if label.num_classes < 2:
-            raise UserError(f"tasks.{name}: the training labels hold {label.num_classes} classes; {config.type} needs two or more")
+            raise UserError(
+                f"tasks.{name}: the training labels hold {label.num_classes} classes; {config.type} needs two or more"
+            )
 
     def head_spec(self) -> HeadSpec:
-        return HeadSpec(kind="linear", size=self.label.num_classes, field=self.label.field)
+        return self.linear_head(self.label.num_classes, copies=True)
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         assert isinstance(labels, Tensor)
@@ -129,8 +133,8 @@ class Multiclass(Task):
 class Ordinal(Multiclass):
     """One class of several that have an order. Scores: probabilities [n, C] in the order of the label's classes.
 
-    The head gives C - 1 logits of "higher than class k, given at least class k" (CORN, arXiv 2111.08851), which multiply to
-    a proper distribution; the loss is its negative log-likelihood.
+    The head gives C - 1 logits of "higher than class k, given at least class k" (CORN, arXiv 2111.08851), which
+    multiply to a proper distribution; the loss is its negative log-likelihood.
     """
 
     class Config(Multiclass.Config):
@@ -143,12 +147,14 @@ class Ordinal(Multiclass):
         order = config.order or classes
         missing = [value for value in classes if value not in order]
         if missing:
-            raise UserError(f"tasks.{name}.order: the class {missing[0]!r} occurs in the labels and has no place in the order")
+            raise UserError(
+                f"tasks.{name}.order: the class {missing[0]!r} occurs in the labels and has no place in the order"
+            )
         present = [value for value in order if value in classes]
         self.level_C = torch.tensor([present.index(value) for value in classes])  # place of each class, lowest first
 
     def head_spec(self) -> HeadSpec:
-        return HeadSpec(kind="linear", size=self.label.num_classes - 1)
+        return self.linear_head(self.label.num_classes - 1)
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         super().fit_prior(labels, counts_V)
@@ -180,7 +186,7 @@ class Multilabel(Task):
             raise UserError(f"tasks.{name}: the training labels hold no class; check `label.sql` and `label.min_share`")
 
     def head_spec(self) -> HeadSpec:
-        return HeadSpec(kind="linear", size=self.label.num_classes, field=self.label.field)
+        return self.linear_head(self.label.num_classes, copies=True)
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         assert isinstance(labels, SetLabels)
@@ -220,11 +226,13 @@ class Multilabel(Task):
         assert isinstance(labels, SetLabels)
         sums_C = self.multi_hot(labels)[asked(labels)].sum(0)
         mixed = ((sums_C > 0) & (sums_C < asked(labels).sum())).any()
-        return super().undefined(labels) or ("" if bool(mixed) else "no class has both labelled and unlabelled examples")
+        return super().undefined(labels) or (
+            "" if bool(mixed) else "no class has both labelled and unlabelled examples"
+        )
 
 
 class Regression(Task):
-    """A number. Learnt on the target standardised by the training mean and deviation; scores [n] are in the label's units."""
+    """A number, learnt standardised by the training mean and deviation. Scores [n] are in the label's units."""
 
     class Config(TaskConfig):
         type: str = "regression"
@@ -235,14 +243,16 @@ class Regression(Task):
     mean, std = 0.0, 1.0
 
     def head_spec(self) -> HeadSpec:
-        return HeadSpec(kind="linear", size=1)
+        return self.linear_head(1)
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         assert isinstance(labels, Tensor)
         target = labels[self._asked_training(labels)].double()
         self.mean, self.std = float(target.mean()), float(target.std(correction=0))
         if self.std == 0:
-            raise UserError(f"tasks.{self.name}: every training label is {self.mean:g}: there is nothing to learn; check `label.sql`")
+            raise UserError(
+                f"tasks.{self.name}: every training label is {self.mean:g}: nothing to learn; check `label.sql`"
+            )
         zeros = torch.zeros(len(target), 1)
         self.prior_loss = max(float(self.losses(zeros, target.float()).mean()), MIN_PRIOR_LOSS)
 
@@ -265,7 +275,7 @@ class Regression(Task):
         return logits_BC[:, 0] * self.std + self.mean
 
     def prior_scores(self, num_examples: int) -> Scores:
-        return {"score": repeat_row(np.float32(self.mean), num_examples)}
+        return {"score": repeat_row(self.mean, num_examples)}
 
     def metrics(self, scores: Scores, labels: Labels) -> dict[str, float]:
         mask = asked(labels).numpy()

@@ -108,39 +108,55 @@ def _pass(
 ) -> tuple[Tensor, list[Tensor]]:
     """Losses, and the gradients of their sum (weighted by `scale_N`) for x, weight and, if there is one, bias."""
     (num_rows, dim), num_classes = x_ND.shape, len(weight_VD)
-    wide = targets.share.dtype
-    x_NK, weight_KV = _with_bias(x_ND, weight_VD, bias_V, precision)
-    scaled_NK = x_NK if scale_N is None else x_NK * scale_N[:, None].to(precision)
+    wide, device = targets.share.dtype, x_ND.device
+    chunk = _chunk_rows(num_rows, num_classes * precision.itemsize, device)
+    starts = range(0, num_rows, chunk)
+    x_NK, weight_KV = _operands(x_ND, weight_VD, bias_V, len(starts) * chunk, precision)
+    scaled_NK = x_NK
+    if scale_N is not None:
+        scaled_NK = x_NK * F.pad(scale_N, (0, len(x_NK) - num_rows))[:, None].to(precision)
     loss_T = torch.empty_like(targets.share)
-    dx_ND = torch.empty(x_ND.shape, dtype=wide, device=x_ND.device)
-    dw_KV = torch.zeros(weight_KV.shape, dtype=wide, device=x_ND.device)
-
-    chunk = min(num_rows, max(_MIN_ROWS, _CHUNK_BYTES[x_ND.device.type] // (num_classes * precision.itemsize)))
-    starts = range(0, num_rows, max(chunk, 1))
+    dx_ND = torch.empty(len(x_NK), dim, dtype=wide, device=device)
+    dw_KV = torch.zeros(weight_KV.shape, dtype=wide, device=device)
+    p_RV = torch.empty(chunk, num_classes, dtype=precision, device=device)
     first_target = targets.offsets[[*starts, num_rows]].tolist()
-    p_buffer = torch.empty(chunk, num_classes, dtype=precision, device=x_ND.device)
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         for start, first, last in zip(starts, first_target[:-1], first_target[1:], strict=True):
-            x_RK = x_NK[start : start + chunk]
-            p_RV = p_buffer[: len(x_RK)]
+            rows, asked = slice(start, start + chunk), slice(first, last)
+            x_RK = x_NK[rows]
             torch.mm(x_RK, weight_KV, out=p_RV)
             torch.softmax(p_RV, dim=1, out=p_RV)
-            asked = slice(first, last)
             loss_T[asked] = -_log_p(p_RV, targets.row[asked] - start, targets.ids[asked], x_RK, weight_KV)
             if with_grad:
-                dx_ND[start : start + chunk] = p_RV @ weight_KV[:dim].t()
-                dw_KV += scaled_NK[start : start + chunk].t() @ p_RV
+                dx_ND[rows] = p_RV @ weight_KV[:dim].t()
+                dw_KV += scaled_NK[rows].t() @ p_RV
         loss_N = loss_T.new_zeros(num_rows).index_add_(0, targets.row, loss_T * targets.share)
-        return loss_N, _finish(dx_ND, dw_KV, x_ND, weight_VD, bias_V, targets, scale_N) if with_grad else []
+        if not with_grad:
+            return loss_N, []
+        return loss_N, _finish(dx_ND[:num_rows], dw_KV, x_ND, weight_VD, bias_V, targets, scale_N)
 
 
-def _with_bias(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, precision: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x and weight^T in the products' dtype; a bias is a row of weight^T beside a column of ones in x."""
+def _chunk_rows(num_rows: int, row_bytes: int, device: torch.device) -> int:
+    """Rows of a chunk: all of one size, padded at the end, and of few sizes over many calls.
+
+    The 16-bit products build a program per size and keep it.
+    """
+    fitting = _CHUNK_BYTES[device.type] // row_bytes // _MIN_ROWS * _MIN_ROWS
+    return max(_MIN_ROWS, min(fitting, -(-num_rows // _MIN_ROWS) * _MIN_ROWS))
+
+
+def _operands(
+    x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, num_rows: int, precision: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x, with zero rows up to `num_rows`, and weight^T; a bias is a row of weight^T beside a column of ones in x."""
+    (num_real, dim), extra = x_ND.shape, int(bias_V is not None)
+    x_NK = x_ND.new_zeros(num_rows, dim + extra, dtype=precision)
+    x_NK[:num_real, :dim] = x_ND
+    x_NK[:num_real, dim:] = 1
     weight_KV = weight_VD.t().to(precision)
     if bias_V is None:
-        return x_ND.to(precision), weight_KV.contiguous()
-    ones_N1 = x_ND.new_ones(len(x_ND), 1, dtype=precision)
-    return torch.cat([x_ND.to(precision), ones_N1], dim=1), torch.cat([weight_KV, bias_V[None].to(precision)])
+        return x_NK, weight_KV.contiguous()
+    return x_NK, torch.cat([weight_KV, bias_V[None].to(precision)])
 
 
 def _log_p(p_RV: Tensor, row: Tensor, ids: Tensor, x_RK: Tensor, weight_KV: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from supermoe.data.store import Store
 from supermoe.model.heads import HeadSpec
 from supermoe.model.supermoe import SuperMoE
 from supermoe.objectives.objective import Objective
-from supermoe.objectives.task import Task
+from supermoe.objectives.task import Task, asked
 from supermoe.training.evaluation import Evaluation, evaluate
 from supermoe.training.router_health import EVENT
 from supermoe.training.trainer import Trainer
@@ -61,7 +61,9 @@ class Run:
         """Load the best weights and measure them on a split."""
         model = self.trainer.load_best()
         bf16 = self.config.training.precision == "bf16"
-        return evaluate(model, self.tasks, batches(self.config, self.store, split), split, event_names(self.store), bf16)
+        return evaluate(
+            model, self.tasks, batches(self.config, self.store, split), split, event_names(self.store), bf16
+        )
 
 
 def build_run(config: RunConfig, store: Store) -> Run:
@@ -106,7 +108,10 @@ def build_tasks(config: RunConfig, store: Store) -> dict[str, Task]:
     for name, item in config.tasks.items():
         label = store.schema.labels[name]
         task = build("supermoe.objectives.tasks", item, name=name, label=label, schema=store.schema)
-        task.fit_prior(label_rows(store.labels[name], train), counts.get(label.field or ""))
+        labels = label_rows(store.labels[name], train)
+        task.fit_prior(labels, counts.get(label.field or ""))
+        learns_from = train if task.head_spec().reads == "event" else train[asked(labels).numpy()]
+        task.num_users = len(np.unique(store.examples.user[learns_from]))
         tasks[name] = task
     return tasks
 
@@ -142,7 +147,7 @@ def field_counts(store: Store) -> dict[str, Tensor]:
 
 
 def id_values(store: Store, field: str) -> pa.Array:
-    """What each id of a category field stands for, in the values' own type; null for padding and unknown. Hashed: the ids."""
+    """Value of each id of a category field, in its own type; null for padding and unknown. Hashed: the ids."""
     schema = store.schema.fields[field]
     if schema.hash_size is not None:
         return pa.array(range(schema.size))

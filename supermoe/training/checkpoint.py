@@ -1,7 +1,8 @@
 """Checkpoints: folders that are whole or absent, found again by the same command.
 
-A checkpoint holds the tensors in the format of torch.distributed.checkpoint, and `checkpoint.json` with the rest: format version,
-position, config, and the size and CRC-32 of every file. It is written beside its place and renamed when it is complete.
+A checkpoint holds the tensors in the format of torch.distributed.checkpoint, and `checkpoint.json` with the rest:
+format version, position, config, and the size and CRC-32 of every file. It is written beside its place and renamed when
+it is complete.
 """
 
 from __future__ import annotations
@@ -63,15 +64,21 @@ class Checkpoints:
             with _one_process():
                 dcp.save(tensors, checkpoint_id=str(beside), no_dist=True)
             files = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
-            manifest = {"version": VERSION, "step": step, "identity": self.identity, "progress": progress, "files": files}
+            manifest = {
+                "version": VERSION,
+                "step": step,
+                "identity": self.identity,
+                "progress": progress,
+                "files": files,
+            }
             (beside / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
             shutil.rmtree(path, ignore_errors=True)
             os.replace(beside, path)
         except (OSError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise UserError(
-                f"cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}. Free space or choose another "
-                f"`run` folder; earlier checkpoints are untouched and the same command continues from them"
+                f"cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}. Free space or "
+                f"choose another `run` folder; earlier checkpoints are untouched, the same command continues from them"
             ) from error
         for old in self._steps()[: -self.keep]:
             shutil.rmtree(old)
@@ -80,8 +87,8 @@ class Checkpoints:
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The last whole checkpoint and its progress, or None if there is none at all.
 
-        A damaged one is passed over with a warning. Raises `UserError` if all are damaged, if another version wrote it, or if the
-        config has changed since.
+        A damaged one is passed over with a warning. Raises `UserError` if all are damaged, if another version wrote it,
+        or if the config has changed since.
         """
         steps = self._steps()
         for path in reversed(steps):
@@ -90,7 +97,9 @@ class Checkpoints:
                 self._check(path, manifest)
                 return path, manifest["progress"]
         if steps:
-            raise UserError(f"{self.folder}: every checkpoint is damaged; delete this folder to start the run from its beginning")
+            raise UserError(
+                f"{self.folder}: every checkpoint is damaged; delete this folder to start the run from its beginning"
+            )
         return None
 
     def load(self, path: Path, tensors: dict[str, Any]) -> None:
@@ -100,7 +109,9 @@ class Checkpoints:
                 dcp.load(tensors, checkpoint_id=str(path), no_dist=True)
         except (OSError, RuntimeError, ValueError, CheckpointException) as error:
             reason = str(error).rstrip().splitlines()[-1]  # the lines before are a traceback
-            raise UserError(f"cannot load the checkpoint {path}: {reason}; delete it to continue from the one before") from error
+            raise UserError(
+                f"cannot load the checkpoint {path}: {reason}; delete it to continue from the one before"
+            ) from error
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step_*"))
@@ -108,14 +119,14 @@ class Checkpoints:
     def _check(self, path: Path, manifest: dict[str, Any]) -> None:
         if manifest["version"] != VERSION:
             raise UserError(
-                f"{path} has checkpoint format {manifest['version']}, this version of supermoe reads {VERSION}: continue with "
-                f"the version that wrote it, or choose another `run` folder"
+                f"{path} has checkpoint format {manifest['version']}, this version of supermoe reads {VERSION}: "
+                f"continue with the version that wrote it, or choose another `run` folder"
             )
         changed = changes(manifest["identity"], self.identity)
         if changed:
             raise UserError(
-                f"the run in {self.folder.parent} was started with another config: {'; '.join(changed)}. Restore these values to "
-                f"continue it, or choose another `run` folder"
+                f"the run in {self.folder.parent} was started with another config: {'; '.join(changed)}. Restore these "
+                f"values to continue it, or choose another `run` folder"
             )
 
 

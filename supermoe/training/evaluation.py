@@ -1,4 +1,4 @@
-"""What a model says about one split, and how good that is: predictions as arrays, metrics, the prior's metrics, router health."""
+"""What a model says about one split, and what that is worth: predictions, metrics, the prior's, router health."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def evaluate(
 ) -> Evaluation:
     """Predict every example of `batches` once, in evaluation mode, and measure.
 
-    `event_names` name the ids of the field `event`; `autocast` runs the model in bfloat16. The model's mode is restored; no random number is drawn.
+    `event_names` name the ids of the field `event`; `autocast` runs the model in bfloat16. The model's mode is
+    restored; no random number is drawn.
     """
     health = RouterHealth(event_names or [])
     example_n, scores, labels = _predict(model, tasks, batches, health, autocast)

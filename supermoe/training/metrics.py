@@ -13,7 +13,7 @@ from supermoe.typed_yaml import UserError
 class MetricsLog:
     """Appends one JSON object per line; numbers that are not finite become null.
 
-    Opened at a step of a resumed run, it drops the lines of later steps, so that the file reads as if nothing had happened.
+    Opened at a step of a resumed run, it drops the lines of later steps: the file reads as if nothing had happened.
     """
 
     def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False):
@@ -71,5 +71,7 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("training.tensorboard needs the extra: pip install 'supermoe[tensorboard]', or set it to false") from None
+        raise UserError(
+            "training.tensorboard needs the extra: pip install 'supermoe[tensorboard]', or set it to false"
+        ) from None
     return SummaryWriter(str(folder / "tensorboard"))

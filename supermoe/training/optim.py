@@ -11,11 +11,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from supermoe.config import TrainingConfig
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 class RowwiseAdagrad(torch.optim.Optimizer):
-    """Adagrad with one accumulator per row of a table (as in FBGEMM): h_r += mean_d(g_rd^2), w_r -= lr g_r / (sqrt(h_r) + eps).
+    """Adagrad with one accumulator per row of a table, as in FBGEMM.
 
-    Rows without a gradient are not touched; dense and sparse gradients are accepted.
+    h_r += mean_d(g_rd^2), w_r -= lr g_r / (sqrt(h_r) + eps). Rows without a gradient are not touched; dense and sparse
+    gradients are accepted.
     """
 
     def __init__(self, params: Any, lr: float, eps: float = 1e-8):
@@ -48,7 +51,7 @@ class RowwiseAdagrad(torch.optim.Optimizer):
 def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """AdamW for the dense weights, and the configured optimiser for the embedding tables (parameters with `is_table`).
 
-    Matrices decay; norms, biases and tables do not: decay would pull the rows of rare ids to zero while they are not seen.
+    Matrices decay; norms, biases and tables do not: decay would pull rows to zero while their ids are not seen.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     tables = [p for p in params if getattr(p, "is_table", False)]
@@ -73,8 +76,10 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
 
 
 def lr_factor(progress: float, config: TrainingConfig) -> float:
-    """Share of the full learning rate at `progress` in [0, 1] of the run: linear warm-up, then cosine to 0, or constant and a
-    linear decay to 0 over the last `decay_share`."""
+    """Share of the full learning rate at `progress` in [0, 1] of the run.
+
+    Linear warm-up, then a cosine to 0, or a constant and a linear decay to 0 over the last `decay_share`.
+    """
     if progress < config.warmup_share:
         return progress / config.warmup_share
     if config.schedule == "cosine":
@@ -105,7 +110,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of the weights, buffers copied; the first steps average over a shorter past."""
 
-    def update(average: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+    def update(average: Tensors, current: Tensors, num_averaged: Tensor | int) -> None:
         n = float(num_averaged)
         torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
 

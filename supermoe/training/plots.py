@@ -87,7 +87,11 @@ def _router_load(router: dict[str, Any]) -> Figure | None:
 
 def _calibration(tasks: dict[str, Task], evaluation: Evaluation) -> Figure | None:
     """Observed against predicted share of yes for every binary task."""
-    binary = [name for name, task in tasks.items() if "ece" in evaluation.metrics[name] and bool(asked(evaluation.labels[name]).any())]
+    binary = [
+        name
+        for name, task in tasks.items()
+        if "ece" in evaluation.metrics[name] and bool(asked(evaluation.labels[name]).any())
+    ]
     if not binary:
         return None
     figure = Figure(figsize=(4, 4))

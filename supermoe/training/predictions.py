@@ -24,8 +24,9 @@ UTC = pa.timestamp("us", tz="UTC")
 def write_predictions(folder: Path, store: Store, tasks: dict[str, Task], evaluation: Evaluation) -> Path:
     """Write `<folder>/<split>/<task>.parquet` and return `<folder>/<split>`.
 
-    Columns: user_id (the user's own type), cut, target and score; for several classes score is a list in the order of the file's
-    metadata entry `classes`; for rankings there are `rank`, `top_k` (values of the field) and `scores` instead.
+    Columns: user_id (the user's own type), cut, target and score; for several classes score is a list in the order of
+    the file's metadata entry `classes`; for rankings there are `rank`, `top_k` (values of the field) and `scores`
+    instead.
     """
     out = folder / evaluation.split
     out.mkdir(parents=True, exist_ok=True)

@@ -49,11 +49,15 @@ def write_report(
     }
     (run / "report.json").write_text(json.dumps(finite(report), indent=2) + "\n", encoding="utf-8")
     images = _draw(run, tasks, evaluation) if plots else []
-    (run / "report.md").write_text(_markdown(rows, evaluation, facts, [image.relative_to(run) for image in images]), encoding="utf-8")
+    (run / "report.md").write_text(
+        _markdown(rows, evaluation, facts, [image.relative_to(run) for image in images]), encoding="utf-8"
+    )
     return text_table(rows)
 
 
-def table_rows(tasks: dict[str, Task], evaluation: Evaluation, boosting: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
+def table_rows(
+    tasks: dict[str, Task], evaluation: Evaluation, boosting: dict[str, dict[str, float]]
+) -> list[tuple[str, ...]]:
     """One row of text per task, in the order of `HEADER`."""
     rows = []
     for name, task in tasks.items():
@@ -87,10 +91,12 @@ def _markdown(rows: list[tuple[str, ...]], evaluation: Evaluation, facts: dict[s
     parts = [
         f"# Report on the {evaluation.split} split",
         "\n".join(f"| {' | '.join(row)} |" for row in (HEADER, ("---",) * len(HEADER), *rows)),
-        "`prior` is the same metric of the best constant answer; `gain` is the share of the way from there to a perfect 1.",
+        "`prior` is the metric of the best constant answer; `gain` is the share of the way from there to a perfect 1.",
     ]
     if evaluation.undefined:
-        parts.append("\n".join(f"- {name} has no {evaluation.split} metric: {why}" for name, why in evaluation.undefined.items()))
+        parts.append(
+            "\n".join(f"- {name} has no {evaluation.split} metric: {why}" for name, why in evaluation.undefined.items())
+        )
     if evaluation.router:
         parts += ["## Experts", _router_table(evaluation.router)]
     if facts:

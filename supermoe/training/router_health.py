@@ -28,7 +28,9 @@ class RouterHealth:
         for entry in output.routings:
             num_experts = len(entry.routing.counts_E)
             if entry.tokens == "indicator":
-                groups = torch.arange(len(output.questions), device=batch.read_B.device).repeat_interleave(batch.num_examples)
+                groups = torch.arange(len(output.questions), device=batch.read_B.device).repeat_interleave(
+                    batch.num_examples
+                )
                 names = [f"task {name}" for name in output.questions]
             elif self.event_names:
                 groups, names = batch.fields[EVENT], [f"event {name}" for name in self.event_names]
@@ -37,11 +39,16 @@ class RouterHealth:
             self._count(entry.layer, names, groups, entry.routing.expert_NK, num_experts)
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Per layer: `load` (share per expert), `entropy` (1 is even), `max_over_mean`, `dead` (experts without a token), and `by`, the
-        load of every question and event type that occurred."""
+        """Health by layer.
+
+        `load` (share per expert), `entropy` (1 is even), `max_over_mean`, `dead` (experts without a token), and `by`,
+        the load of every question and event type that occurred.
+        """
         found: dict[str, dict[str, Any]] = {}
         for layer in sorted({layer for layer, _ in self.counts}):
-            groups = {name: counts.numpy() for (at, name), counts in self.counts.items() if at == layer and counts.sum() > 0}
+            groups = {
+                name: counts.numpy() for (at, name), counts in self.counts.items() if at == layer and counts.sum() > 0
+            }
             if not groups:
                 continue
             total_E = np.sum(list(groups.values()), axis=0)
@@ -58,7 +65,11 @@ class RouterHealth:
 
     def _count(self, layer: int, names: list[str], group_N: Tensor, expert_NK: Tensor, num_experts: int) -> None:
         cell_NK = group_N[:, None] * num_experts + expert_NK
-        counts = torch.bincount(cell_NK[expert_NK >= 0], minlength=len(names) * num_experts).view(len(names), num_experts).cpu()
+        counts = (
+            torch.bincount(cell_NK[expert_NK >= 0], minlength=len(names) * num_experts)
+            .view(len(names), num_experts)
+            .cpu()
+        )
         for name, counts_E in zip(names, counts, strict=True):
             key = (layer, name)
             self.counts[key] = self.counts[key] + counts_E if key in self.counts else counts_E

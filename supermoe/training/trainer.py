@@ -34,7 +34,8 @@ BEST = "best.safetensors"
 class Trainer:
     """Trains a model on an objective; everything it leaves lies under `folder`.
 
-    The order of batches is a function of the step, so weights, optimiser, balancer, random state and `progress` are the whole state.
+    The order of batches is a function of the step, so weights, optimiser, balancer, random state and `progress` are the
+    whole state.
 
     Args:
         valid: batches to select on; None or empty: the last weights are the best ones.
@@ -55,15 +56,18 @@ class Trainer:
         event_names: list[str] | None = None,
     ):
         self.model, self.objective, self.config, self.folder = model, objective, config, folder
-        self.train, self.valid, self.event_names = train, valid if valid is not None and len(valid) else None, event_names
+        self.train, self.event_names = train, event_names
+        self.valid = valid if valid is not None and len(valid) else None
         self.device = next(model.parameters()).device
         self.optimizers = build_optimizers(model, config)
         self.average = average_weights(model, config.ema) if config.ema else None
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, identity)
         self.steps_per_epoch = -(-len(train) // config.accumulate)
-        self.num_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or config.epochs * self.steps_per_epoch)
+        whole = config.epochs * self.steps_per_epoch
+        self.num_steps = min(whole, config.max_steps or whole)
         self.step = 0
-        self.progress: dict[str, Any] = {"best_step": None, "best_gain": None, "unimproved": 0, "minutes": 0.0, "finished": False}
+        self.progress: dict[str, Any] = {"best_step": None, "best_gain": None, "unimproved": 0}
+        self.progress |= {"minutes": 0.0, "finished": False}
         self._terminated = False
 
     # --- the loop ---
@@ -180,13 +184,13 @@ class Trainer:
     def _update(self) -> tuple[float, float]:
         """Clip, set the learning rate, step -> its factor and the gradient's norm."""
         for param in self.model.parameters():
-            if param.requires_grad and param.grad is None:  # every weight has optimiser state, so that checkpoints are whole
-                param.grad = torch.zeros_like(param)
+            if param.requires_grad and param.grad is None:
+                param.grad = torch.zeros_like(param)  # every weight gets optimiser state, so that checkpoints are whole
         norm = clip_gradients(self.model, self.config.clip_norm)
         if not np.isfinite(norm):
             raise NonFiniteLoss(
-                f"step {self.step + 1}: the gradient's norm is {norm} although every loss is finite. The weights before this step are "
-                f"kept: lower training.lr or use training.precision=fp32"
+                f"step {self.step + 1}: the gradient's norm is {norm} although every loss is finite. The weights "
+                f"before this step are kept: lower training.lr or use training.precision=fp32"
             )
         factor = lr_factor(self._share_done(), self.config)
         set_lr(self.optimizers, factor)
@@ -212,13 +216,16 @@ class Trainer:
         return self.valid is not None and (self.progress["finished"] or self.step % every == 0)
 
     def _evaluate(self, log: MetricsLog) -> None:
-        """Measure on the validation split, keep the weights if they are the best so far, and stop when patience ends."""
+        """Measure on the validation split, keep the weights if they are the best, and stop when patience ends."""
         assert self.valid is not None
         bf16 = self.config.precision == "bf16"
         found = evaluate(self.evaluated_model(), self.objective.tasks, self.valid, "valid", self.event_names, bf16)
         best, gain = self.progress["best_gain"], found.selection
         if np.isnan(gain):
-            warnings.warn(f"no task has a metric on the validation split, so the last weights are kept: {found.undefined}", stacklevel=2)
+            warnings.warn(
+                f"no task has a metric on the validation split, so the last weights are kept: {found.undefined}",
+                stacklevel=2,
+            )
         if best is None or np.isnan(gain) or gain > best:
             self.progress |= {"best_step": self.step, "best_gain": None if np.isnan(gain) else gain, "unimproved": 0}
             self._save_best()
@@ -237,8 +244,8 @@ class Trainer:
         mark = "*" if self.progress["best_step"] == self.step else " "
         epoch = self.step / self.steps_per_epoch
         return (
-            f"step {self.step}/{self.num_steps}{mark} epoch {epoch:.1f}  gain over prior {found.selection:.4f}  |  {'  '.join(values)}"
-            f"  |  {self.progress['minutes']:.1f} min"
+            f"step {self.step}/{self.num_steps}{mark} epoch {epoch:.1f}  gain over prior {found.selection:.4f}  |  "
+            f"{'  '.join(values)}  |  {self.progress['minutes']:.1f} min"
         )
 
     # --- state ---

@@ -1,4 +1,4 @@
-"""Bags start where a data scientist's would: inverse document frequencies and the singular vectors of the TF-IDF matrix."""
+"""Bags start where a data scientist's would: inverse document frequencies and singular vectors of the TF-IDF matrix."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def init_bags(model: torch.nn.Module, store: Store, seed: int) -> None:
         features.init_bag(name, matrix_VD, idf_V)
 
 
-def fit_bag(bag: IdLists, examples: np.ndarray, size: int, dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Truncated SVD of the examples' TF-IDF rows -> table [size, dim] of unit mean-square bag vectors, idf [size]."""
+def fit_bag(
+    bag: IdLists, examples: np.ndarray, size: int, dim: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Truncated SVD of the examples' TF-IDF rows -> table [size, dim] of bag vectors of unit deviation, idf [size]."""
     rows, offsets = ranges(bag.offsets[examples], bag.offsets[examples + 1] - bag.offsets[examples])
     ids = torch.from_numpy(bag.ids[rows].astype(np.int64))
     counts = torch.from_numpy(bag.counts[rows].astype(np.float32))
@@ -35,7 +37,9 @@ def fit_bag(bag: IdLists, examples: np.ndarray, size: int, dim: int, generator: 
     idf_V[:FIRST_ID] = 0.0  # neither absent nor unknown values say anything
     weights = torch.log1p(counts) * idf_V[ids]
     norm = torch.zeros(len(examples)).index_add(0, example, weights.square()).sqrt().clamp(min=1e-12)
-    matrix = torch.sparse_coo_tensor(torch.stack([example, ids]), weights / norm[example], (len(examples), size))
+    matrix = torch.sparse_coo_tensor(
+        torch.stack([example, ids]), weights / norm[example], (len(examples), size), check_invariants=True
+    )
     return _directions(matrix.coalesce(), dim, generator), idf_V
 
 
@@ -44,8 +48,11 @@ def _directions(matrix: Tensor, dim: int, generator: torch.Generator) -> Tensor:
     block = torch.randn(matrix.shape[1], dim, generator=generator)
     for _ in range(4):
         block = torch.linalg.qr(matrix.t() @ (matrix @ block)).Q
+    # Rotated so that the leading direction comes first.
+    projected = matrix @ block
+    block = block @ torch.linalg.eigh(projected.t() @ projected).eigenvectors.flip(1)
     # A matrix of lower rank than `dim`, or a single id, leaves fewer columns.
     table = torch.zeros(matrix.shape[1], dim)
     table[:, : block.shape[1]] = block
-    scale = (matrix @ table).square().mean().sqrt().clamp(min=1e-12)
+    scale = (matrix @ table).std().clamp(min=1e-12)
     return table / scale
