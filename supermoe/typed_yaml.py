@@ -91,6 +91,8 @@ Instant = Annotated[int, BeforeValidator(parse_instant), PlainSerializer(format_
 def nearest(word: str, choices: Any) -> str:
     """', did you mean x?' for the closest choice, else the list of choices."""
     names = sorted(map(str, choices))
+    if not names:
+        return "there is none at all"
     close = difflib.get_close_matches(word, names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(names)}"
 
@@ -164,7 +166,9 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, 
         elif line["type"] == "missing":
             found.append((key, "is required"))
         else:
-            found.append((key, f"{line['msg'].removeprefix('Value error, ')} (got {line['input']!r:.80})"))
+            text = line["msg"].removeprefix("Value error, ")
+            is_told = "got" in text or isinstance(line["input"], Mapping)
+            found.append((key, text if is_told else f"{text} (got {line['input']!r:.80})"))
     return found
 
 
@@ -182,7 +186,7 @@ def _siblings(model: Any, path: tuple) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice and reads 1e-3 as a number."""
+    """YAML that refuses a key given twice, reads 1e-3 as a number, and leaves 2017-13-01 to the check of its key."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
@@ -195,7 +199,15 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+def _timestamp(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    try:
+        return loader.construct_yaml_timestamp(node)
+    except ValueError:
+        return node.value
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _timestamp)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 

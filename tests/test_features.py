@@ -147,7 +147,10 @@ def test_auto_bags_what_labels_are_about_for_the_heads_to_copy(tmp_path, log):
     about = task("set", {"window": "2d", "sql": "list(item)", "field": "item"})
     groups = {"auto": {"auto": True, "windows": ["4d", "all"]}}
     store = write_store(tmp_path / "store", log, SPLITS, groups, asked=LABEL, about=about)
-    assert {name: bag.input for name, bag in store.schema.bags.items()} == {"auto_item_4d": False, "auto_item_all": False}
+    assert {name: bag.input for name, bag in store.schema.bags.items()} == {
+        "auto_item_4d": False,
+        "auto_item_all": False,
+    }
 
 
 def test_serving_computes_the_same_columns(tmp_path, log):

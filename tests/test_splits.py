@@ -127,7 +127,7 @@ def test_a_short_log_is_refused_with_its_span(tmp_path):
 
 def test_buckets_agree_between_python_and_sql(tmp_path):
     folds = UserFolds(folds=7, fold=6, salt=3)
-    users = [*range(50), "ä", "o'neil", ""]
+    users = [*range(50), "\u00e4", "o'neil", ""]
     log = daily(tmp_path, 1)
     for user in users:
         text = str(user)

@@ -20,11 +20,8 @@ from supermoe.data.splits import Plan
 from supermoe.data.staging import Staged
 from supermoe.typed_yaml import ALL_TIME
 
-EVENTS, EXAMPLES, VISIBLE = (
-    1_000_000,
-    50_000,
-    4_000_000,
-)  # a chunk ends where the sum of its shares of these reaches one
+# a chunk ends where its shares of these add up to one
+EVENTS, EXAMPLES, VISIBLE = 4_000_000, 100_000, 6_000_000
 
 
 @dataclass(frozen=True)
@@ -67,23 +64,19 @@ def chunks(staged: Staged, plan: Plan) -> Iterator[Chunk]:
             f"SELECT user_row, epoch_us(cut) // 1000000 AS cut, visible, split FROM chunk_examples ORDER BY {EXAMPLE}"
         ).fetchnumpy()
         offsets = np.append(first_row[first:end], first_row[end - 1] + num_events[end - 1])
-        chunk = Chunk(
-            first,
-            offsets,
-            first_example,
-            *(rows[name].astype(np.int64) for name in ("user_row", "cut", "visible", "split")),
-        )
+        columns = (rows[name].astype(np.int64) for name in ("user_row", "cut", "visible", "split"))
+        chunk = Chunk(first, offsets, first_example, *columns)
         first_example += chunk.num_examples
         yield chunk
     con.execute("DROP VIEW chunk_events; DROP TABLE chunk_examples; DROP TABLE candidates")
 
 
 def _load(con: duckdb.DuckDBPyConnection, first: int, end: int) -> None:
-    """Make `chunk_events`, and `chunk_examples` with all candidates of the users."""
+    """Make `chunk_events`, a view so that a query reads only the columns it names, and `chunk_examples`."""
+    gap = "epoch(time - lag(time) OVER (PARTITION BY user_row ORDER BY position)) / 86400"
     con.execute(
-        # the log is in order, so lag needs no sort
-        "CREATE OR REPLACE TEMP VIEW chunk_events AS SELECT *, CASE WHEN position > 0 THEN epoch(time - lag(time) "
-        f"OVER ()) / 86400 END AS gap_days FROM log WHERE user_row >= {first} AND user_row < {end}"
+        f"CREATE OR REPLACE TEMP VIEW chunk_events AS SELECT *, {gap} AS gap_days "
+        f"FROM log WHERE user_row >= {first} AND user_row < {end}"
     )
     con.execute(
         "CREATE OR REPLACE TEMP TABLE chunk_examples AS SELECT row_number() OVER (ORDER BY user_row, cut, split) - 1 "

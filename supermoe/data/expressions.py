@@ -14,7 +14,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from supermoe.data.sql import quote, text
+from supermoe.data.sql import complaint, quote, text
 from supermoe.typed_yaml import UserError, nearest
 
 EXAMPLE = "_example"  # the column that says which example a row belongs to
@@ -86,8 +86,7 @@ def run(con: duckdb.DuckDBPyConnection, query: str, rows: str, key: str) -> pa.T
         return con.sql(query).to_arrow_table()
     except duckdb.Error as error:
         columns = [row[0] for row in con.execute(f"DESCRIBE SELECT * FROM ({rows})").fetchall() if row[0] != EXAMPLE]
-        message = str(error).split("\n\nLINE")[0].split("\nLINE")[0].replace("\n", " ")
-        raise UserError(f"{key}: {message}. Columns at hand: {', '.join(columns)}.") from None
+        raise UserError(f"{key}: {complaint(error)}. Columns at hand: {', '.join(columns)}.") from None
 
 
 def over_nothing(con: duckdb.DuckDBPyConnection, rows: str, expressions: Mapping[str, str], key: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from supermoe.data.sql import complaint, quote, text
 from supermoe.typed_yaml import UserError
 
 PARQUET, CSV = (".parquet", ".pq"), (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst")
+DELIMITERS = (",", ";", "\t", "|")
+WHOLE_LINES = "header=false, auto_detect=false, delim='\x01', quote='', escape='', columns={'line': 'VARCHAR'}"
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,14 @@ def _is_parquet(name: str, key: str) -> bool:
 def open_files(con: duckdb.DuckDBPyConnection, path: str, key: str, time_column: str | None = None) -> Raw:
     """Look at the columns of a file set; in CSV the column `time_column` is left as text, for us to read."""
     files = find_files(path, key)
-    listed = "[" + ", ".join(map(text, files)) + "]"
     is_parquet = _is_parquet(files[0], key)
-    for name in files:
-        _check_names(_parquet_names(con, name, key) if is_parquet else _csv_names(con, name, key), name, key)
     if is_parquet:
-        scan, order = f"read_parquet({listed}, union_by_name=true)", "(file_index::BIGINT << 40) + file_row_number"
+        for name in files:
+            _check_names(_parquet_names(con, name, key), name, key)
+        listed = ", ".join(map(text, files))
+        scan, order = f"read_parquet([{listed}], union_by_name=true)", "(file_index::BIGINT << 40) + file_row_number"
     else:
-        scan, order = f"read_csv({listed}, union_by_name=true, header=true)", "row_number() OVER () - 1"
+        scan, order = _csv_scan(con, files, key), "row_number() OVER () - 1"
     types = _types(con, scan, path, key)
     if not is_parquet and time_column in types:
         scan = f"{scan[:-1]}, types={{{text(str(time_column))}: 'VARCHAR'}})"
@@ -109,12 +112,39 @@ def _skip(rows: Iterator[tuple[str, int]], count: int) -> None:
         _skip(rows, next(rows)[1] or 0)
 
 
-def _csv_names(con: duckdb.DuckDBPyConnection, name: str, key: str) -> list[str]:
+def _csv_scan(con: duckdb.DuckDBPyConnection, files: list[str], key: str) -> str:
+    """read_csv of files whose first lines tell names and delimiter; text with a delimiter in it stands in double quotes.
+
+    DuckDB would guess all this from the first rows, and so skip a header that a broken row does not fit, and take quotes
+    that come later for text.
+    """
+    options, columns = {}, {}
+    for name in files:
+        lines = _read_csv(con, name, WHOLE_LINES, "line", key)
+        line = lines[0][0] if lines else ""
+        delimiter = max(DELIMITERS, key=line.count)
+        columns[name] = next(csv.reader([line], delimiter=delimiter), [])
+        _check_names(filter(None, columns[name]), name, key)
+        options[f"header=true, skip=0, quote='\"', escape='\"', delim='{delimiter}'"] = name
+    if len(options) > 1:
+        raise UserError(f"{key}: {' and '.join(options.values())} part their columns by different signs; write them alike.")
+    (dialect,) = options
+    scan = f"read_csv([{', '.join(map(text, files))}], union_by_name=true, {dialect})"
     try:
-        rows = con.execute(f"SELECT * FROM read_csv({text(name)}, header=false, all_varchar=true) LIMIT 1").fetchall()
+        con.execute(f"DESCRIBE SELECT * FROM {scan}")
+    except duckdb.Error:  # the types cannot be guessed where a row is broken; reading text tells which one
+        for name in files:
+            every = ", ".join(f"'c{number}': 'VARCHAR'" for number, _ in enumerate(columns[name]))
+            _read_csv(con, name, f"{dialect}, auto_detect=false, columns={{{every}}}", "count(*)", key)
+    return scan
+
+
+def _read_csv(con: duckdb.DuckDBPyConnection, name: str, options: str, what: str, key: str) -> list[tuple]:
+    """One row of one file; a broken line is a `UserError`."""
+    try:
+        return con.execute(f"SELECT {what} FROM read_csv({text(name)}, {options}) LIMIT 1").fetchall()
     except duckdb.Error as error:
-        raise UserError(f"{key}: {name} is not a readable CSV file: {complaint(error)}") from None
-    return [str(column) for column in rows[0] if column is not None] if rows else []
+        raise UserError(f"{key}: {name} is not a readable CSV file: {complaint(error)}; mend the line or the file.") from None
 
 
 def _check_names(names: Iterable[str], place: str, key: str) -> None:

@@ -17,9 +17,13 @@ def text(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
+# where DuckDB's messages go on to options of its own and to our SQL
+ADVICE = ("\nPossible ", "\nThe search space", "\n\tCandidate functions", "\nLINE ")
+
+
 def complaint(error: Exception) -> str:
-    """The telling part of a DuckDB message, on one line."""
+    """The telling part of a DuckDB message, on one line and without a full stop."""
     message = str(error)
-    for advice in ("\nPossible solutions", "\nLINE "):
+    for advice in ADVICE:
         message = message.split(advice)[0]
-    return " ".join(message.split())[:400]
+    return " ".join(message.split())[:400].rstrip(".")

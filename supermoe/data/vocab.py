@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import duckdb
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from supermoe.config import FieldConfig
 from supermoe.data.sql import quote
-from supermoe.data.schema import FIRST_ID, UNKNOWN
+from supermoe.data.schema import FIRST_ID, PADDING, UNKNOWN
 from supermoe.typed_yaml import UserError
 
 NUM_KNOTS = 65
@@ -50,9 +52,15 @@ class Vocabulary:
             return pc.fill_null(values, 0).to_numpy(zero_copy_only=False).astype(np.int32)
         if pa.types.is_null(values.type):
             return np.zeros(len(values), np.int32)
-        rows = pc.index_in(_cast(values, self.values.type), value_set=self.values)
-        ids = pc.add(pc.fill_null(rows, UNKNOWN - FIRST_ID), FIRST_ID).to_numpy(zero_copy_only=False)
-        return np.where(values.is_null().to_numpy(zero_copy_only=False), 0, ids).astype(np.int32)
+        encoded = values.dictionary_encode()
+        rows = self._index.get_indexer(_cast(encoded.dictionary, self.values.type).to_pandas())
+        ids = np.append(np.where(rows < 0, UNKNOWN, rows + FIRST_ID), PADDING).astype(np.int32)
+        return ids[pc.fill_null(encoded.indices, len(rows)).to_numpy(zero_copy_only=False)]
+
+    @cached_property
+    def _index(self) -> pd.Index:
+        assert self.values is not None
+        return pd.Index(self.values.to_pandas())
 
     def register(self, con: duckdb.DuckDBPyConnection) -> None:
         """Create the table vocab_<name>(value, id INTEGER) that `lookup_sql` joins with."""

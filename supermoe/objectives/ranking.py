@@ -81,8 +81,8 @@ class _Ranking(Task):
 class Retrieval(_Ranking):
     """A set of ids of a field, all of them relevant: full softmax over the vocabulary, summed over the set.
 
-    An example's loss is divided by the best DCG@10 that its set allows, as its NDCG@10 is: a mean over the set would let
-    small sets, which say little about the ranking, outweigh large ones.
+    An example's loss is divided by the best DCG@10 that its set allows, as its NDCG@10 is: a mean over the set would
+    let small sets, which say little about the ranking, outweigh large ones.
     """
 
     class Config(RankingConfig):

@@ -55,7 +55,7 @@ class Task:
         raise NotImplementedError
 
     def linear_head(self, size: int, copies: bool = False) -> HeadSpec:
-        """A linear head; of a static attribute with direct inputs, and with copied counts where classes are a field's values."""
+        """A linear head: with direct inputs for a static attribute, with copied counts for a field's values."""
         field = (self.label.field or self.label.source) if copies else None
         is_static = self.config.label.attribute is not None
         return HeadSpec(kind="linear", size=size, field=field, ids=self.label.ids if field else (), direct=is_static)

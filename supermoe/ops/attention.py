@@ -30,10 +30,13 @@ class Slots:
 
 @dataclass(frozen=True)
 class Packing:
-    """Groups of reads for `history_attention`: `sizes[g]` is (reads, padded length)."""
+    """Groups of reads for `history_attention`: `sizes[g]` is (reads, padded length).
+
+    The first group is the leading reads of one length, often that to which histories are cut: their rows stay in place.
+    """
 
     sizes: tuple[tuple[int, int], ...]
-    slots: Slots
+    slots: Slots  # of the other groups, with rows counted from the end of the first
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,13 @@ def pack(offsets_S: Tensor) -> Packing:
     """See `supermoe.ops.pack`."""
     offsets = offsets_S.numpy(force=True)
     lengths = np.diff(offsets)
+    leading = int(np.append(lengths != lengths[:1], True).argmax())
+    starts, lengths, length = offsets[leading:-1] - offsets[leading], lengths[leading:], int(lengths[:1].sum())
     groups = _groups(lengths, lengths)
     sizes = [(len(group), int(lengths[group].max())) for group in groups]
-    slots = _slots(offsets[:-1], lengths, groups, [size for _, size in sizes], np.arange(offsets[-1]), offsets_S.device)
-    return Packing(tuple(sizes), slots)
+    rows = np.arange(offsets[-1] - offsets[leading])
+    slots = _slots(starts, lengths, groups, [size for _, size in sizes], rows, offsets_S.device)
+    return Packing(((leading, length), *sizes), slots)
 
 
 def pack_indicators(offsets_S: Tensor, read_M: Tensor, visible_M: Tensor) -> IndicatorPacking:
@@ -126,9 +132,17 @@ def indicator_attention(
 
 
 def _causal_attention(q_NHA: Tensor, k_NHA: Tensor, v_NHA: Tensor, packing: Packing) -> Tensor:
-    groups = zip(*(_spread(x, packing.slots, packing.sizes) for x in (q_NHA, k_NHA, v_NHA)), strict=True)
-    outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in groups]
-    return _collect(outputs, packing.slots) if outputs else q_NHA.clone()
+    if len(q_NHA) == 0:
+        return q_NHA.clone()
+    in_place, *others = packing.sizes
+    num_leading = in_place[0] * in_place[1]
+    operands = []
+    for x_NHA in (q_NHA, k_NHA, v_NHA):
+        leading, rest = x_NHA.split([num_leading, len(x_NHA) - num_leading])
+        operands.append([_heads_first(leading, in_place), *_spread(rest, packing.slots, others)])
+    first, *padded = [F.scaled_dot_product_attention(*group, is_causal=True) for group in zip(*operands, strict=True)]
+    first_NHA = first.transpose(1, 2).flatten(0, 1)
+    return torch.cat([first_NHA, _collect(padded, packing.slots)]) if padded else first_NHA
 
 
 def _indicator_group(
@@ -184,11 +198,16 @@ def _slots(
     return Slots(row_P, empty, None if everything else rows_R, slot_R)
 
 
-def _spread(x_NHA: Tensor, slots: Slots, sizes: list[tuple[int, int]] | tuple[tuple[int, int], ...]) -> list[Tensor]:
+def _heads_first(x_RHA: Tensor, size: tuple[int, int]) -> Tensor:
+    """Rows of `size` (reads, length) -> [reads, heads, length, width]."""
+    return x_RHA.unflatten(0, size).transpose(1, 2)
+
+
+def _spread(x_NHA: Tensor, slots: Slots, sizes: list[tuple[int, int]]) -> list[Tensor]:
     """Packed rows -> one [reads, heads, padded length, width] per group."""
     # One split for all groups: the gradient of a slice would fill a whole tensor with zeros for each.
     groups = _Spread.apply(x_NHA, slots).split([reads * length for reads, length in sizes])
-    return [group.unflatten(0, size).transpose(1, 2) for group, size in zip(groups, sizes, strict=True)]
+    return [_heads_first(group, size) for group, size in zip(groups, sizes, strict=True)]
 
 
 def _collect(groups: list[Tensor], slots: Slots) -> Tensor:

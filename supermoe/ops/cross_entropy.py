@@ -115,31 +115,32 @@ def _pass(
     scaled_NK = x_NK
     if scale_N is not None:
         scaled_NK = x_NK * F.pad(scale_N, (0, len(x_NK) - num_rows))[:, None].to(precision)
-    loss_T = torch.empty_like(targets.share)
     dx_ND = torch.empty(len(x_NK), dim, dtype=wide, device=device)
     dw_KV = torch.zeros(weight_KV.shape, dtype=wide, device=device)
     p_RV = torch.empty(chunk, num_classes, dtype=precision, device=device)
+    p_T = torch.empty_like(targets.share)
+    place_T = targets.row % chunk * num_classes + targets.ids  # in its chunk's P
     first_target = targets.offsets[[*starts, num_rows]].tolist()
     with torch.autocast(device.type, enabled=False):
         for start, first, last in zip(starts, first_target[:-1], first_target[1:], strict=True):
-            rows, asked = slice(start, start + chunk), slice(first, last)
-            x_RK = x_NK[rows]
-            torch.mm(x_RK, weight_KV, out=p_RV)
+            rows = slice(start, start + chunk)
+            torch.mm(x_NK[rows], weight_KV, out=p_RV)
             torch.softmax(p_RV, dim=1, out=p_RV)
-            loss_T[asked] = -_log_p(p_RV, targets.row[asked] - start, targets.ids[asked], x_RK, weight_KV)
+            p_T[first:last] = p_RV.take(place_T[first:last])
             if with_grad:
                 dx_ND[rows] = p_RV @ weight_KV[:dim].t()
                 dw_KV += scaled_NK[rows].t() @ p_RV
-        loss_N = loss_T.new_zeros(num_rows).index_add_(0, targets.row, loss_T * targets.share)
+        log_p_T = _log(p_T, targets, x_NK, weight_KV, chunk)
+        loss_N = p_T.new_zeros(num_rows).index_add_(0, targets.row, log_p_T * targets.share, alpha=-1)
         if not with_grad:
             return loss_N, []
         return loss_N, _finish(dx_ND[:num_rows], dw_KV, x_ND, weight_VD, bias_V, targets, scale_N)
 
 
 def _chunk_rows(num_rows: int, row_bytes: int, device: torch.device) -> int:
-    """Rows of a chunk: all of one size, padded at the end, and of few sizes over many calls.
+    """Rows of a chunk; all chunks have one size, the last is filled up, and sizes come in steps.
 
-    The 16-bit products build a program per size and keep it.
+    On a CPU the 16-bit products compile and keep a kernel per size.
     """
     fitting = _CHUNK_BYTES[device.type] // row_bytes // _MIN_ROWS * _MIN_ROWS
     return max(_MIN_ROWS, min(fitting, -(-num_rows // _MIN_ROWS) * _MIN_ROWS))
@@ -159,15 +160,12 @@ def _operands(
     return x_NK, torch.cat([weight_KV, bias_V[None].to(precision)])
 
 
-def _log_p(p_RV: Tensor, row: Tensor, ids: Tensor, x_RK: Tensor, weight_KV: Tensor) -> Tensor:
-    """log p of each target; one whose p underflows is reckoned from the likeliest class of its row."""
-    p_T = widen(p_RV[row, ids])
+def _log(p_T: Tensor, targets: _Targets, x_NK: Tensor, weight_KV: Tensor, chunk: int) -> Tensor:
+    """log p of each target; where p underflowed, from the logits once more."""
     log_p_T = p_T.log()
-    lost = (p_T < torch.finfo(p_RV.dtype).tiny).nonzero().squeeze(1)
-    if len(lost):
-        best_p, best = p_RV[row[lost]].max(dim=1)
-        gap_K = widen(weight_KV[:, ids[lost]] - weight_KV[:, best]).t()
-        log_p_T[lost] = widen(best_p).log() + (widen(x_RK[row[lost]]) * gap_K).sum(dim=1)
+    for lost in (p_T < torch.finfo(x_NK.dtype).tiny).nonzero().squeeze(1).split(chunk):
+        log_p_RV = widen(x_NK[targets.row[lost]] @ weight_KV).log_softmax(dim=1)
+        log_p_T[lost] = log_p_RV.gather(1, targets.ids[lost, None]).squeeze(1)
     return log_p_T
 
 

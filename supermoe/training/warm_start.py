@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from supermoe.data.store import SPLITS, IdLists, Store
 MAX_EXAMPLES = 50_000  # enough to fix a few hundred directions; keeps the matrix in memory
 
 
-def init_bags(model: torch.nn.Module, store: Store, seed: int) -> None:
+def init_bags(model: Any, store: Store, seed: int) -> None:
     """Fit every bag's table on the training examples and load it into the model's feature encoder."""
     train = np.flatnonzero(np.asarray(store.examples.split) == SPLITS["train"])
     if len(train) > MAX_EXAMPLES:
@@ -29,6 +31,7 @@ def fit_bag(
     bag: IdLists, examples: np.ndarray, size: int, dim: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Truncated SVD of the examples' TF-IDF rows -> table [size, dim] of bag vectors of unit deviation, idf [size]."""
+    assert bag.counts is not None, "bags are counted"
     rows, offsets = ranges(bag.offsets[examples], bag.offsets[examples + 1] - bag.offsets[examples])
     ids = torch.from_numpy(bag.ids[rows].astype(np.int64))
     counts = torch.from_numpy(bag.counts[rows].astype(np.float32))
