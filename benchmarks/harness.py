@@ -52,14 +52,14 @@ def receive() -> Round | None:
     return Round(line) if line else None
 
 
-def ready(**facts: Any) -> None:
-    """Tell that the contender is set up; `facts`, such as versions, go into the result file."""
-    print(MARK + json.dumps(facts), flush=True)
+def ready(measures: list[str], **facts: Any) -> None:
+    """Tell that the contender is set up for these measures; `facts`, such as versions, go into its rows."""
+    print(MARK + json.dumps({"measures": measures, "facts": facts}), flush=True)
 
 
 def serve(measures: dict[str, Callable[[], float]], **facts: Any) -> None:
     """Be a contender: run one round of `measures[name]`, which returns the units done, whenever asked."""
-    ready(**facts)
+    ready(list(measures), **facts)
     while (current := receive()) is not None:
         current.done(measures[current.measure]())
 
@@ -81,7 +81,11 @@ class Contender:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
         )
-        self.facts = self._answer()
+        answer = self._answer()
+        self.measures: list[str] = answer["measures"]
+        self.facts: dict[str, Any] = answer["facts"]
+        for measure in self.measures:  # warm-up: caches, first-touch memory, lazily built state
+            self.run(measure)
 
     def run(self, measure: str) -> dict[str, float]:
         """One round."""
@@ -117,8 +121,6 @@ def compare(commands: dict[str, list[str]], measures: list[str], rounds: int, th
     for name, command in commands.items():
         try:
             running[name] = Contender(command, threads)
-            for measure in measures:  # warm-up: caches, first-touch memory, lazily built state
-                running[name].run(measure)
         except (OSError, ContenderFailed) as error:
             skipped[name] = str(error)
     samples: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -126,9 +128,10 @@ def compare(commands: dict[str, list[str]], measures: list[str], rounds: int, th
     for number in range(rounds):
         for measure in measures:
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                samples.setdefault((name, measure), []).append(running[name].run(measure))
+                if measure in running[name].measures:
+                    samples.setdefault((name, measure), []).append(running[name].run(measure))
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    rows = [_row(name, measure, samples, names[0]) | running[name].facts for measure in measures for name in names]
+    rows = [_row(name, measure, samples, names[0]) | running[name].facts for name, measure in sorted(samples)]
     for contender in running.values():
         contender.close()
     return rows + [{"contender": name, "skipped": reason} for name, reason in skipped.items()]

@@ -1,9 +1,9 @@
-"""Memory and time of `prepare` on a long log, beside a bare DuckDB external sort of the same file under the same memory limit.
+"""Memory and time of `prepare` on a long log, beside a bare DuckDB external sort of the same file and memory limit.
 
     python benchmarks/prepare.py [--events 60e6] [--rounds 1] [--memory 3GB] [--threads 2] [--scratch FOLDER]
 
-Every step is a process of its own, so that peak memory is the step's. Wants: peak RSS of `prepare` at most the limit + 0.5 GB,
-its time at most twice the sort's; and batches read from the finished store without loading it.
+Every step is a process of its own, so that peak memory is the step's. Wants: peak RSS of `prepare` at most the limit +
+0.5 GB, its time at most twice the sort's; and batches read from the finished store without loading it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,12 @@ def child(args: argparse.Namespace) -> None:
 def step(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Run one step in a process of its own."""
     print(f"{name} ...", file=sys.stderr)
-    arguments = [f"--events={args.events}", f"--memory={args.memory}", f"--threads={args.threads}", f"--scratch={args.scratch}"]
+    arguments = [
+        f"--events={args.events}",
+        f"--memory={args.memory}",
+        f"--threads={args.threads}",
+        f"--scratch={args.scratch}",
+    ]
     process = harness.Contender([sys.executable, __file__, "--child", *arguments], args.threads)
     found = process.run(name)
     process.close()
@@ -142,7 +147,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--memory", default="3GB")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--scratch", type=Path, help="folder on a disk with 200 bytes per event to spare; default: temporary")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder on a disk with 200 bytes per event to spare; default: temporary"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -163,14 +170,18 @@ def compare(args: argparse.Namespace) -> None:
             shutil.rmtree(args.scratch / "run", ignore_errors=True)
             rows.append({"step": name, "round": number, **step(name, args)})
     rows.append({"step": "batches", **step("batches", args)})
-    wall = {name: statistics.median(row["wall_s"] for row in rows if row["step"] == name) for name in ("sort", "prepare")}
+    wall = {
+        name: statistics.median(row["wall_s"] for row in rows if row["step"] == name) for name in ("sort", "prepare")
+    }
     peak = max(row["peak_rss_mb"] for row in rows if row["step"] == "prepare")
     ratio, limit = wall["prepare"] / wall["sort"], megabytes(args.memory) + HEADROOM
     store = sum(row["units"] for row in rows if row["step"] == "batches")
     path = harness.write(
         "prepare", rows, events=args.events, memory=args.memory, threads=args.threads, ratio=ratio, peak_limit_mb=limit
     )
-    print(f"time: {ratio:.2f} x the bare sort (at most {SLOWDOWN}); peak RSS {peak:.0f} MB (at most {limit:.0f}); {path}")
+    print(
+        f"time: {ratio:.2f} x the bare sort (at most {SLOWDOWN}); peak RSS {peak:.0f} MB (at most {limit:.0f}); {path}"
+    )
     print(f"batches: {store:,.0f} events read with {rows[-1]['peak_rss_mb']:.0f} MB")
     if ratio > SLOWDOWN or peak > limit:
         raise SystemExit(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,20 +30,12 @@ def read_config(args: argparse.Namespace) -> RunConfig:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a command; a `UserError` or a full disk ends it with one paragraph on stderr and exit code 2."""
+    """Call a command; a `UserError` ends it with one paragraph on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
-        _fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        _fail(f"{error.filename or 'output'}: {error.strerror}; free space or choose another folder, then run again")
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from supermoe import cli
-from supermoe.config import load_run
+from supermoe.config import RunConfig, load_run
+from supermoe.data.disk import writing
 from supermoe.data.store import Store
 from supermoe.studies.baselines import boosting
 from supermoe.training.build import build_run
@@ -29,18 +30,23 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"{args.run}: there are no trained weights here; give the `run` folder of a finished supermoe.train"
         )
-    config = load_run(args.run / "config.yaml", [f"run={args.run}"])
+    with writing(args.run):
+        evaluate(load_run(args.run / "config.yaml", [f"run={args.run}"]), args.split)
+
+
+def evaluate(config: RunConfig, split: str | None = None) -> None:
+    """Measure the best weights of a run on a split, the one that training reported by default, and print the table."""
     store = Store.open(config.store)
     run = build_run(config, store)
-    split = args.split or run.measured_split
+    split = split or run.measured_split
     if len(store.rows_of(split)) == 0:
         raise UserError(f"{config.store} holds no examples of the split {split}; choose another --split")
     run.trainer.resume()
     evaluation = run.evaluate(split)
     baseline = boosting(store, run.tasks, split) if config.report.boosting else {}
-    predictions = write_predictions(args.run / "predictions", store, run.tasks, evaluation)
-    print(write_report(args.run, run.tasks, evaluation, baseline, run.facts(), config.report.plots))
-    print(f"\nreport      {args.run / 'report.md'}\npredictions {predictions}")
+    predictions = write_predictions(config.run / "predictions", store, run.tasks, evaluation)
+    print(write_report(config.run, run.tasks, evaluation, baseline, run.facts(), config.report.plots))
+    print(f"\nreport      {config.run / 'report.md'}\npredictions {predictions}")
 
 
 if __name__ == "__main__":

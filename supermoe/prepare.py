@@ -1,4 +1,4 @@
-"""`python -m supermoe.prepare --config FILE [key.subkey=value ...]`: make the store, and print what was found in the log."""
+"""`python -m supermoe.prepare --config FILE [key.subkey=value ...]`: make the store, and print what the log holds."""
 
 from __future__ import annotations
 

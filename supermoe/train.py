@@ -10,6 +10,7 @@ from typing import Any
 
 from supermoe import cli
 from supermoe.config import RunConfig
+from supermoe.data.disk import publish_text, writing
 from supermoe.data.prepare import prepare
 from supermoe.serving import artifact
 from supermoe.serving.card import CardFacts
@@ -28,7 +29,9 @@ DAY = 86_400
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and train."""
-    train(cli.read_config(cli.config_parser(__doc__ or "").parse_args(argv)))
+    config = cli.read_config(cli.config_parser(__doc__ or "").parse_args(argv))
+    with writing(config.run):
+        train(config)
 
 
 def train(config: RunConfig, source: Any = None) -> None:
@@ -37,8 +40,7 @@ def train(config: RunConfig, source: Any = None) -> None:
     store = prepare(config, source)
     run = build_run(config, store)
     run.trainer.resume()  # first: a run of another config is not touched
-    config.run.mkdir(parents=True, exist_ok=True)
-    (config.run / "config.yaml").write_text(dump(config), encoding="utf-8")
+    publish_text(config.run / "config.yaml", dump(config))
     write_environment(config.run)
     run.trainer.fit()
     evaluation = run.evaluate(run.measured_split)

@@ -131,10 +131,7 @@ class Seat:
             names = ", ".join(sorted(importlib.import_module(self.module).REGISTRY))
             raise ValueError(f"expected a mapping with a key 'type', one of: {names}, or package.module:Class")
         cls: Any = resolve(self.module, value["type"])
-        try:
-            return cls.Config.model_validate(dict(value))
-        except ValidationError as error:
-            raise PydanticCustomError("nested", "invalid", {"problems": problems(error, cls.Config)}) from None
+        return validate_inside(cls.Config, value)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return core_schema.no_info_plain_validator_function(
@@ -170,6 +167,14 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, 
             is_told = "got" in text or isinstance(line["input"], Mapping)
             found.append((key, text if is_told else f"{text} (got {line['input']!r:.80})"))
     return found
+
+
+def validate_inside(model: type[Config], raw: Mapping) -> Any:
+    """Raw mapping -> config, called by the validator of a key that holds it; the key stands before each wrong one."""
+    try:
+        return model.model_validate(dict(raw))
+    except ValidationError as error:
+        raise PydanticCustomError("nested", "invalid", {"problems": problems(error, model)}) from None
 
 
 def _siblings(model: Any, path: tuple) -> list[str]:
@@ -214,7 +219,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\
 def read_yaml(text: str, where: str) -> Any:
     """Parse YAML; errors name file, line and column."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -108,9 +109,9 @@ def test_saving_on_a_full_disk_keeps_the_old_model(folder: Path, monkeypatch: py
     before = Artifact.load(folder).model_id
 
     def full(*args, **kwargs):
-        raise artifact.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifact, "save_file", full)
+    monkeypatch.setattr(artifact, "save_weights", full)
     config = make_config()
     with pytest.raises(UserError, match=r"No space left on device.*free space"):
         save(folder, make_model(config, seed=1), config)
@@ -137,6 +138,10 @@ def _other_version(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99, "supermoe": "9.9"}))
 
 
+def _without_heads(folder: Path) -> None:
+    (folder / "manifest.json").write_text(json.dumps({"format": artifact.FORMAT, "version": artifact.FORMAT_VERSION}))
+
+
 def _wider(folder: Path) -> None:
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("dim: 16", "dim: 32"))
@@ -150,12 +155,6 @@ def _unknown_key(folder: Path) -> None:
 def _shorter_history(folder: Path) -> None:
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("max_events: 256", "max_events: 8"))
-
-
-def _missing_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights["embedding.norm.weight"]
-    save_file(weights, folder / "model.safetensors")
 
 
 def _other_weights(folder: Path) -> None:
@@ -177,10 +176,12 @@ def _other_vocabulary(folder: Path) -> None:
         (lambda f: (f / "manifest.json").write_text("{}"), "does not describe a supermoe model"),
         (_truncate, r"model\.safetensors is truncated or damaged.*copy the whole"),
         (_other_version, r"format version 99, this supermoe .* reads version 1; install supermoe 9\.9"),
-        (_wider, r"model\.safetensors does not fit .*config\.yaml: '.*' is \[.*16.*\], the config needs \[.*32"),
+        (_without_heads, r"manifest\.json has no key 'heads'; copy the whole"),
+        (lambda f: (f / "config.yaml").write_bytes(b"\xff"), r"config\.yaml: 'utf-8' codec can't.*copy the whole"),
+        (lambda f: (f / "schema.json").write_text("{}"), "a file was changed; copy the whole"),
+        (_wider, "a file was changed; copy the whole"),
         (_unknown_key, r"config\.yaml: model\.max_event: unknown key, did you mean 'max_events'"),
         (_shorter_history, "a file was changed; copy the whole"),
-        (_missing_weight, r"'embedding\.norm\.weight' is nothing"),
         (_other_weights, "a file was changed"),
         (_other_vocabulary, "a file was changed"),
     ],
@@ -188,6 +189,15 @@ def _other_vocabulary(folder: Path) -> None:
 def test_a_damaged_folder_is_explained(folder: Path, harm, message: str) -> None:
     harm(folder)
     with pytest.raises(UserError, match=message):
+        Artifact.load(folder)
+
+
+def test_weights_of_another_version_are_explained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["embedding.norm.weight"]
+    save_file(weights, folder / "model.safetensors")
+    monkeypatch.setattr(artifact, "model_id", lambda *_: json.loads((folder / "manifest.json").read_text())["model_id"])
+    with pytest.raises(UserError, match=r"another version of supermoe: 'embedding\.norm\.weight' is nothing"):
         Artifact.load(folder)
 
 

@@ -19,7 +19,9 @@ def journey():
 
 def test_complete_journey_has_its_published_size(journey):
     con, tables = journey
-    counts = con.execute(f'SELECT event, count(*), count(DISTINCT "user") FROM {tables.events} GROUP BY 1 ORDER BY 1').fetchall()
+    counts = con.execute(
+        f'SELECT event, count(*), count(DISTINCT "user") FROM {tables.events} GROUP BY 1 ORDER BY 1'
+    ).fetchall()
     assert counts == [("campaign", 6589, 1559), ("purchase", 1469307, 2469), ("redemption", 2102, 410)]
     assert con.execute(f'SELECT count(*), count(DISTINCT "user") FROM {tables.users}').fetchall() == [(801, 801)]
 

@@ -53,7 +53,7 @@ def test_no_test_cut(tmp_path, log):
 def test_a_split_without_examples_is_refused(tmp_path, log):
     splits = time_split(train=["2024-01-11"], valid="2024-01-21", eligible={"sql": "max(age_days) < 12"})
     with pytest.raises(
-        UserError, match=r"data\.splits: no user is eligible for the valid split \(condition: max\(age_days\) < 12\)"
+        UserError, match=r"data\.splits: no user is eligible for the valid split, cut 2024-01-21 \(condition: max"
     ):
         write_store(tmp_path / "store", log, splits, asked=COUNT)
     assert not (tmp_path / "store").exists()

@@ -73,7 +73,10 @@ def test_the_store_holds_what_the_config_asks_for(folder, capsys):
     printed = capsys.readouterr().out
     frame = log().sort_values(["user", "time"], kind="stable")
     assert store.users["user"].to_pylist() == [*range(30), 99]
-    assert store.time.tolist() == (frame["time"].astype("int64") // (10**9 if "ns" in str(frame["time"].dtype) else 10**6)).tolist()
+    assert (
+        store.time.tolist()
+        == (frame["time"].astype("int64") // (10**9 if "ns" in str(frame["time"].dtype) else 10**6)).tolist()
+    )
     values = np.array([None, None, *pd.read_parquet(store.vocab / "item.parquet")["value"]])
     assert values[store.columns["item"]].tolist() == frame["item"].tolist()
     assert set(store.columns) == {"event", "item", "price"}

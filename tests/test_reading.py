@@ -27,17 +27,25 @@ def test_names_can_be_swapped():
 
 def test_types_say_what_the_select_gives():
     table = pa.table(
-        {"user": pa.array([1], pa.int32()), "time": [DAY], "kind": [3], "x": pa.array([1.5], pa.float32()), "l": [["a"]]}
+        {
+            "user": pa.array([1], pa.int32()),
+            "time": [DAY],
+            "kind": [3],
+            "x": pa.array([1.5], pa.float32()),
+            "l": [["a"]],
+        }
     )
     con, raw = opened(table)
-    one = read(con, raw, TimedColumns(columns={"event": "kind"}), required=("user", "time"), constants={"where": "'here'"})
+    one = read(
+        con, raw, TimedColumns(columns={"event": "kind"}), required=("user", "time"), constants={"where": "'here'"}
+    )
     described = {row[0]: row[1] for row in con.execute(f"DESCRIBE {one.sql}").fetchall()}
     assert described == {**one.types, "file_order": "BIGINT"}
     assert one.types["user"] == "BIGINT"
-    assert con.execute(f"SELECT event, \"where\" FROM ({one.sql})").fetchall() == [("3", "here")]
+    assert con.execute(f'SELECT event, "where" FROM ({one.sql})').fetchall() == [("3", "here")]
 
 
 def test_ids_beyond_64_bits_and_uuids_are_text():
     con, raw = opened(pa.table({"user": pa.array([2**63 + 1], pa.uint64())}))
     one = read(con, raw, Columns(), required=("user",))
-    assert con.execute(f"SELECT \"user\" FROM ({one.sql})").fetchall() == [(str(2**63 + 1),)]
+    assert con.execute(f'SELECT "user" FROM ({one.sql})').fetchall() == [(str(2**63 + 1),)]

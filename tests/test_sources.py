@@ -1,4 +1,4 @@
-"""Sources: files and frames read under our names, in their order; and a table of what is refused, with the words that help."""
+"""Sources: files and frames read under our names, in their order; and a table of what is refused, with the remedy."""
 
 from __future__ import annotations
 
@@ -169,7 +169,11 @@ REFUSED = {
         ["column 'user' too", "user_2"],
     ),
     "duplicate column": ({"e.csv": "user,time,a,A\n1,2020-01-01,1,2\n"}, {"events": "e.csv"}, ["two columns 'A'"]),
-    "reserved name": ({"e.csv": "user,time,position\n1,2020-01-01,2\n"}, {"events": "e.csv"}, ["'position'", "my_position"]),
+    "reserved name": (
+        {"e.csv": "user,time,position\n1,2020-01-01,2\n"},
+        {"events": "e.csv"},
+        ["'position'", "my_position"],
+    ),
     "null user": (
         {"e.csv": "user,time\n1,2020-01-01\n,2020-01-01\n"},
         {"events": "e.csv"},

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 
-import duckdb
 import pandas as pd
 import pytest
 
 from supermoe.config import DataConfig, FieldConfig
 from supermoe.data.sources import Frames
-from supermoe.data.staging import connect, disk_errors, stage, stage_serving
+from supermoe.data.staging import connect, stage, stage_serving
 from supermoe.typed_yaml import UserError
 
 DAY = dt.datetime(2020, 1, 1)
@@ -112,17 +111,3 @@ def test_a_csv_that_turns_into_something_else_is_refused(tmp_path):
 def test_bad_memory_limit_names_its_key(tmp_path):
     with pytest.raises(UserError, match=r"data\.memory_limit: 'lots'"):
         connect("lots", None, tmp_path)
-
-
-def test_running_out_of_spill_space_is_a_user_error(tmp_path):
-    con = connect("40MB", 1, tmp_path)
-    con.execute("SET max_temp_directory_size = '1MB'")
-    with pytest.raises(UserError, match="ran out of memory or of disk"), disk_errors(tmp_path):
-        con.execute("CREATE TABLE t AS SELECT random() AS a, random() AS b FROM range(5000000) ORDER BY a")
-
-
-def test_a_full_disk_is_a_user_error_and_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(UserError, match="the disk is full"), disk_errors(tmp_path):
-        raise duckdb.IOException("IO Error: Could not write: No space left on device")
-    with pytest.raises(duckdb.IOException), disk_errors(tmp_path):
-        raise duckdb.IOException("IO Error: something else")

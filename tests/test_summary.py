@@ -21,7 +21,11 @@ SCHEMA = Schema(
 STAGED = SimpleNamespace(
     num_users=2, num_events=4, first_time=0, last_time=86400, event_types={"buy": 3, "see": 1}, notes=("a note",)
 )
-EXAMPLES = {"cuts": {"train": ["1970-01-02"]}, "examples": {"train": 5}, "labels": {"churn": {"train": {"asked": 5, "mean": 0.25}}}}
+EXAMPLES = {
+    "cuts": {"train": ["1970-01-02"]},
+    "examples": {"train": 5},
+    "labels": {"churn": {"train": {"asked": 5, "mean": 0.25}}},
+}
 
 
 @pytest.fixture
@@ -40,7 +44,12 @@ def test_shares_before_and_after_the_last_training_cut(writer, monkeypatch, bloc
     plan = SimpleNamespace(cuts={"train": [10, 30], "valid": [50]})
     found = summary.summarise(STAGED, writer, SCHEMA, plan, 7, EXAMPLES, ["order"])
     assert found["fields"] == {
-        "item": {"kind": "category", "size": 9, "missing": {"train": 0.5, "later": 0.0}, "unknown": {"train": 0.0, "later": 0.5}},
+        "item": {
+            "kind": "category",
+            "size": 9,
+            "missing": {"train": 0.5, "later": 0.0},
+            "unknown": {"train": 0.0, "later": 0.5},
+        },
         "price": {"kind": "number", "missing": {"train": 0.5, "later": 0.5}},
         "tags": {"kind": "categories", "size": 5, "unknown": 0.25},
     }
@@ -54,7 +63,9 @@ def test_without_cuts_there_is_one_period(writer):
 
 def test_text_for_people(writer):
     plan = SimpleNamespace(cuts={"train": [30]})
-    lines = summary.render(summary.summarise(STAGED, writer, SCHEMA, plan, 7, EXAMPLES, ["order", "users"])).splitlines()
+    lines = summary.render(
+        summary.summarise(STAGED, writer, SCHEMA, plan, 7, EXAMPLES, ["order", "users"])
+    ).splitlines()
     assert lines[1] == "events    4 from 1970-01-01 to 1970-01-02 (buy 3, see 1)"
     assert "note      a note" in lines
     assert "field     tags: kind categories, size 5, unknown 0.25" in lines

@@ -70,7 +70,12 @@ def test_number_that_overflows_is_null():
 
 @pytest.mark.parametrize(
     ("value", "zoned"),
-    [("2020-07-01T12:00:00Z", True), ("2020-07-01 12:00-03:30", True), ("2020-07-01", False), ("2020-07-01 12:00", False)],
+    [
+        ("2020-07-01T12:00:00Z", True),
+        ("2020-07-01 12:00-03:30", True),
+        ("2020-07-01", False),
+        ("2020-07-01 12:00", False),
+    ],
 )
 def test_zones_are_seen(value, zoned):
     con = duckdb.connect()

@@ -21,6 +21,10 @@ def log(**columns):
     return con
 
 
+def chunked(values):
+    return pa.chunked_array([pa.array(values)])
+
+
 def fit(con, name, training="true", **config):
     field = {name: FieldConfig(**config)}
     return vocab.fit(con, field, 10, training)
@@ -44,15 +48,15 @@ def test_only_training_rows_are_seen():
 
 def test_ids_null_is_0_and_what_was_not_seen_is_1():
     vocabulary = Vocabulary("x", pa.array(["a", "b"]), np.array([2, 1]))
-    assert vocabulary.encode(pa.array(["b", None, "z", "a"])).tolist() == [3, 0, 1, 2]
-    assert vocabulary.encode(pa.array([None, None])).tolist() == [0, 0]
+    assert vocabulary.encode(chunked(["b", None, "z", "a"])).tolist() == [3, 0, 1, 2]
+    assert vocabulary.encode(chunked([None, None])).tolist() == [0, 0]
 
 
 def test_values_of_another_type_are_converted_where_they_can_be():
     numbers = Vocabulary("x", pa.array([10, 20]), np.array([1, 1]))
-    assert numbers.encode(pa.array(["20", "ten", None, "10"])).tolist() == [3, 1, 0, 2]
-    assert numbers.encode(pa.array([20.0, 10.5])).tolist() == [3, 1]
-    assert Vocabulary("x", pa.array(["10"]), np.array([1])).encode(pa.array([10, 11])).tolist() == [2, 1]
+    assert numbers.encode(chunked(["20", "ten", None, "10"])).tolist() == [3, 1, 0, 2]
+    assert numbers.encode(chunked([20.0, 10.5])).tolist() == [3, 1]
+    assert Vocabulary("x", pa.array(["10"]), np.array([1])).encode(chunked([10, 11])).tolist() == [2, 1]
 
 
 def test_sql_lookup_agrees_with_encode():
@@ -61,7 +65,7 @@ def test_sql_lookup_agrees_with_encode():
     vocabulary.register(con)
     join, code = vocabulary.lookup_sql("log.x")
     found = con.execute(f"SELECT {code} FROM log {join} ORDER BY n").fetchall()
-    assert [row[0] for row in found] == vocabulary.encode(pa.array(["a", "b", "a", None, "z"])).tolist()
+    assert [row[0] for row in found] == vocabulary.encode(chunked(["a", "b", "a", None, "z"])).tolist()
 
 
 def test_hashing_is_pinned_spread_and_the_same_in_sql_and_store():
@@ -69,7 +73,7 @@ def test_hashing_is_pinned_spread_and_the_same_in_sql_and_store():
     vocabulary = fit(con, "x", kind="category", hash_size=1000).categories["x"]
     assert vocabulary.size == 1002
     column = con.sql(f"SELECT {vocabulary.encode_sql('x', 'VARCHAR')} AS x FROM log ORDER BY n").to_arrow_table()["x"]
-    ids = vocabulary.encode(column.combine_chunks()).tolist()
+    ids = vocabulary.encode(column).tolist()
     assert ids == [965, 189, 0, 965]  # must never change: models in use depend on it
     join, code = vocabulary.lookup_sql("x")
     assert [row[0] for row in con.execute(f"SELECT {code} FROM log {join} ORDER BY n").fetchall()] == ids
@@ -145,5 +149,5 @@ def test_a_missing_or_damaged_file_is_named(tmp_path):
     for content in (None, b"rubbish"):
         if content:
             (tmp_path / "x.parquet").write_bytes(content)
-        with pytest.raises(UserError, match=r"x\.parquet: cannot be read as a vocabulary"):
+        with pytest.raises(UserError, match=r"cannot read .*x\.parquet: .*prepare the store again"):
             vocab.load(tmp_path, {"x": FieldConfig(kind="category")})

@@ -29,7 +29,7 @@ class Rounds(Callback):
         self.steps = self.tokens = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        harness.ready(rectools=importlib.metadata.version("rectools"))
+        harness.ready(["train", "embed"], rectools=importlib.metadata.version("rectools"))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         while self.current is None:

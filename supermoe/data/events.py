@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from supermoe.data.staging import Staged
 from supermoe.data.store import StoreWriter
 from supermoe.data.vocab import Vocabularies, Vocabulary, normalise
 
-BATCH_ROWS = 262_144
+BATCH_ROWS = 500_000
 
 
 def write_events(staged: Staged, vocabularies: Vocabularies, writer: StoreWriter) -> int:
@@ -24,12 +25,13 @@ def write_events(staged: Staged, vocabularies: Vocabularies, writer: StoreWriter
     duplicates = _Duplicates()
     time = writer.column("events/time", np.int64)
     encoders = [_encoder(name, field, vocabularies, writer) for name, field in staged.fields.items()]
-    for batch in _stream(staged, vocabularies):
-        micros = batch["time"].to_numpy()
-        time.append(micros // 1_000_000)
-        duplicates.add(batch["user_row"].to_numpy(), micros, batch["fingerprint"].to_numpy())
-        for encoder in encoders:
-            encoder.append(batch[encoder.name])
+    with ThreadPoolExecutor() as pool:  # Arrow and numpy let go of the interpreter while they encode
+        for batch in _stream(staged, vocabularies):
+            encoded = pool.map(lambda encoder, batch=batch: encoder.append(batch[encoder.name]), encoders)
+            micros = batch["time"].to_numpy()
+            time.append(micros // 1_000_000)
+            duplicates.add(batch["user_row"].to_numpy(), micros, batch["fingerprint"].to_numpy())
+            list(encoded)  # raises what a thread raised
     for column in (time, *(column for encoder in encoders for column in encoder.columns)):
         column.close()
     return duplicates.count
@@ -45,9 +47,16 @@ def write_users(staged: Staged, writer: StoreWriter) -> None:
             file.write_batch(batch)
 
 
-def _stream(staged: Staged, vocabularies: Vocabularies) -> Iterator[pa.RecordBatch]:
-    """The log in its order: user_row, time in microseconds, a hash of the whole row, and every field as its encoder reads it."""
-    selected = ["user_row", "epoch_us(time) AS time", f"hash({', '.join(map(quote, staged.column_types))}) AS fingerprint"]
+def _stream(staged: Staged, vocabularies: Vocabularies) -> Iterator[pa.Table]:
+    """The log in its order, at least `BATCH_ROWS` rows at a time.
+
+    Columns: user_row, time in microseconds, a hash of the whole row, and every field as its encoder reads it.
+    """
+    selected = [
+        "user_row",
+        "epoch_us(time) AS time",
+        f"hash({', '.join(map(quote, staged.column_types))}) AS fingerprint",
+    ]
     for name, field in staged.fields.items():
         column = f"CAST({quote(name)} AS DOUBLE)"
         if field.kind != "number":
@@ -55,12 +64,18 @@ def _stream(staged: Staged, vocabularies: Vocabularies) -> Iterator[pa.RecordBat
         selected.append(f"{column} AS {quote(name)}")
     reader = staged.con.sql(f"SELECT {', '.join(selected)} FROM log").to_arrow_reader(BATCH_ROWS)
     with tqdm(total=staged.num_events, desc="encode events", unit="event", unit_scale=True, delay=2) as bar:
+        batches: list[pa.RecordBatch] = []
         for batch in reader:
-            yield batch
+            batches.append(batch)
             bar.update(len(batch))
+            if sum(map(len, batches)) >= BATCH_ROWS:
+                yield pa.Table.from_batches(batches)
+                batches = []
+        if batches:
+            yield pa.Table.from_batches(batches)
 
 
-# --- encoders: one batch of an Arrow column -> the store's files -----------------------------------------------------------
+# --- encoders: one batch of an Arrow column -> the store's files ------------------------------------------------------
 
 
 class _Ids:
@@ -68,7 +83,7 @@ class _Ids:
         self.name, self.vocabulary = name, vocabulary
         self.columns = [writer.column(f"events/{name}", np.int32)]
 
-    def append(self, values: pa.Array) -> None:
+    def append(self, values: pa.ChunkedArray) -> None:
         self.columns[0].append(self.vocabulary.encode(values))
 
 
@@ -77,8 +92,8 @@ class _Numbers:
         self.name, self.knots = name, knots
         self.columns = [writer.column(f"events/{name}", np.float32)]
 
-    def append(self, values: pa.Array) -> None:
-        self.columns[0].append(normalise(values.to_numpy(zero_copy_only=False), self.knots))
+    def append(self, values: pa.ChunkedArray) -> None:
+        self.columns[0].append(normalise(values.to_numpy(), self.knots))
 
 
 class _IdLists:
@@ -87,14 +102,16 @@ class _IdLists:
         self.columns = [writer.column(f"events/{name}", np.int32), writer.column(f"events/{name}.offsets", np.int64)]
         self.columns[1].append(np.zeros(1, np.int64))
 
-    def append(self, values: pa.Array) -> None:
-        lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        self.columns[0].append(self.vocabulary.encode(values.flatten()))
+    def append(self, values: pa.ChunkedArray) -> None:
+        lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy().astype(np.int64)
+        self.columns[0].append(self.vocabulary.encode(pc.list_flatten(values)))
         self.columns[1].append(self.end + np.cumsum(lengths))
         self.end += int(lengths.sum())
 
 
-def _encoder(name: str, field: FieldConfig, vocabularies: Vocabularies, writer: StoreWriter) -> _Ids | _Numbers | _IdLists:
+def _encoder(
+    name: str, field: FieldConfig, vocabularies: Vocabularies, writer: StoreWriter
+) -> _Ids | _Numbers | _IdLists:
     """The encoder of one field, with its columns opened."""
     if field.kind == "number":
         return _Numbers(name, vocabularies.knots[name], writer)
@@ -110,7 +127,7 @@ class _Duplicates:
         self._rest = [np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64)]
 
     def add(self, user: np.ndarray, time: np.ndarray, marks: np.ndarray) -> None:
-        """Take the next rows; `marks` are hashes of whole rows. The last tie may go on in the next batch and is kept for it."""
+        """Take the next rows; `marks` are hashes of whole rows. The last tie is kept, as it may go on in the next."""
         user, time, marks = (np.concatenate(pair) for pair in zip(self._rest, (user, time, marks), strict=True))
         first = np.append(True, (user[1:] != user[:-1]) | (time[1:] != time[:-1]))  # of each tie
         tied = ~first | np.append(~first[1:], False)

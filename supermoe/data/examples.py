@@ -87,7 +87,9 @@ def _check_number(plan: Plan, number: np.ndarray) -> None:
     """Refuse a split without examples."""
     for name in plan.cuts or ("train", "valid", "test"):
         if number[SPLITS[name]] == 0:
+            cuts = ", ".join(map(format_instant, plan.cuts.get(name, [])))
             raise UserError(
-                f"data.splits: no user is eligible for the {name} split (condition: {plan.eligible.sql}); loosen "
-                f"data.splits.eligible, move the cut, or check that the source holds the expected events."
+                f"data.splits: no user is eligible for the {name} split, cut {cuts or 'by position'} (condition: "
+                f"{plan.eligible.sql}); loosen data.splits.eligible, move the cut, or check that the source holds the "
+                f"expected events."
             )

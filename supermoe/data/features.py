@@ -53,6 +53,7 @@ class Features:
     ):
         self.staged, self.writer, self.groups, self.knots = staged, writer, groups, knots
         self.vocabularies = vocabularies.categories
+        self._known = {name: _texts(vocabulary) for name, vocabulary in self.vocabularies.items()}
         _check(staged, self.vocabularies, groups)
         self.bags: dict[str, BagSchema] = {}
         self._bag_writers: dict[str, list[_BagWriter]] = {}
@@ -161,7 +162,7 @@ class Features:
     def _values(self, name: str, first: int, end: int) -> Values:
         """The chunk's ids of one category field."""
         vocabulary = self.vocabularies[name]
-        known = [] if vocabulary.values is None else [str(value) for value in vocabulary.values.to_pylist()]
+        known = self._known[name]
         if self.staged.fields[name].kind == "category":
             return Values(np.asarray(self.writer.read(f"events/{name}")[first:end]), vocabulary.size, known)
         offsets = np.asarray(self.writer.read(f"events/{name}.offsets")[first : end + 1])
@@ -245,6 +246,11 @@ class _BagWriter:
         """Complete the files."""
         for column in self._columns:
             column.close()
+
+
+def _texts(vocabulary: Vocabulary) -> list[str]:
+    """The values of a vocabulary as names; none of a hashed field."""
+    return [] if vocabulary.values is None else [str(value) for value in vocabulary.values.to_pylist()]
 
 
 def _check(staged: Staged, vocabularies: Mapping[str, Vocabulary], groups: Mapping[str, FeatureConfig]) -> None:

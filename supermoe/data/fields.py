@@ -33,8 +33,9 @@ def choose_fields(
         check_kind(name, columns[name], field.kind)
         if not (name.isascii() and name.replace("_", "").isalnum()) or name in ("features", "time"):
             raise UserError(
-                f"data.fields.{name}: the name of a field becomes a file's, so it may hold letters, digits and _ only, and not be "
-                f"'features'; rename the column under the source's `columns`, or list the other columns in data.fields."
+                f"data.fields.{name}: the name of a field becomes a file's, so it may hold letters, digits and _ "
+                f"only, and not be 'features'; rename the column under the source's `columns`, or list the other "
+                f"columns in data.fields."
             )
     return fields, notes
 
@@ -46,7 +47,9 @@ def check_kind(name: str, type_name: str, kind: str) -> None:
     is_list = type_name.endswith("[]")
     is_number = type_name in (*INTEGERS, *WIDE_INTEGERS, *FLOATS, "BOOLEAN") or type_name.startswith("DECIMAL")
     if kind == "number" and not is_number:
-        raise UserError(f"data.fields.{name}: the column is {type_name}, not a number; use kind category, or convert it.")
+        raise UserError(
+            f"data.fields.{name}: the column is {type_name}, not a number; use kind category, or convert it."
+        )
     if is_list != (kind == "categories"):
         other = "categories" if is_list else "category"
         raise UserError(f"data.fields.{name}: the column is {type_name}, so kind {kind} does not fit it; use {other}.")
@@ -74,7 +77,7 @@ def _kind_of(type_name: str) -> Any:
 
 
 def stored_sql(column: str, type_name: str, field: FieldConfig | None) -> str:
-    """A column as the log keeps it: categories as BIGINT, DOUBLE, BOOLEAN or VARCHAR, which save and compare plainly; rest as is."""
+    """A column as the log keeps it: categories as BIGINT, DOUBLE, BOOLEAN or VARCHAR, which compare plainly."""
     name = quote(column)
     if type_name == EMPTY:
         return f"CAST({name} AS {'VARCHAR[]' if field and field.kind == 'categories' else 'VARCHAR'})"

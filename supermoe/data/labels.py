@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -58,7 +59,13 @@ class Labels:
             )
             first = len(self._splits) == 2
             into = f"CREATE OR REPLACE TEMP TABLE {_table(task)} AS" if first else f"INSERT INTO {_table(task)}"
-            self.con.execute(f"{into} {select}", {"empty": label.empty})
+            try:
+                self.con.execute(f"{into} {select}", {"empty": label.empty})
+            except (duckdb.BinderException, duckdb.ConversionException):
+                raise UserError(
+                    f"tasks.{task}.label.empty: {label.empty!r} does not fit the label's values, which are of type "
+                    f"{answers['value'].type}; give a value of that type, or null to ask only users with a row."
+                ) from None
             self.con.unregister("answers")
             self.con.unregister("asked")
 

@@ -1,4 +1,4 @@
-"""Files, globs, folders and Python frames -> tables that DuckDB can scan in the file's order, their columns looked at."""
+"""Files, globs, folders and Python frames -> tables that DuckDB can scan in the file's order, with their columns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHOLE_LINES = "header=false, auto_detect=false, delim='\x01', quote='', escape='
 
 @dataclass(frozen=True)
 class Raw:
-    """A table as it was found. `scan` reads its columns; `ordered` reads file_order BIGINT and file_name beside them."""
+    """A table as it was found. `scan` reads its columns; `ordered` also file_order BIGINT and file_name."""
 
     key: str  # of the config, for messages
     place: str  # path or frame, for messages
@@ -34,7 +34,9 @@ def find_files(path: str, key: str) -> list[str]:
     """Files of a path, glob or folder, sorted; all Parquet or all CSV."""
     expanded = str(Path(path).expanduser())
     if Path(expanded).is_dir():
-        files = [str(file) for file in Path(expanded).rglob("*") if file.is_file() and file.name.endswith(PARQUET + CSV)]
+        files = [
+            str(file) for file in Path(expanded).rglob("*") if file.is_file() and file.name.endswith(PARQUET + CSV)
+        ]
         missing = f"the folder {path} holds no Parquet or CSV file"
     else:
         files = [name for name in glob.glob(expanded, recursive=True) if Path(name).is_file()]
@@ -45,7 +47,9 @@ def find_files(path: str, key: str) -> list[str]:
         raise UserError(f"{key}: {path} mixes Parquet and CSV files; give two entries, such as {path}/*.parquet.")
     for name in files:
         if Path(name).stat().st_size == 0:
-            raise UserError(f"{key}: the file {name} is empty (0 bytes); write it again or leave it out of the pattern.")
+            raise UserError(
+                f"{key}: the file {name} is empty (0 bytes); write it again or leave it out of the pattern."
+            )
     return sorted(files)
 
 
@@ -79,7 +83,9 @@ def open_frame(con: duckdb.DuckDBPyConnection, frame: Any, name: str, key: str) 
         frame = frame.to_arrow_table()
     columns = getattr(frame, "column_names", None) or getattr(frame, "columns", None)
     if columns is None:
-        raise UserError(f"{key}: expected a pandas frame, an Arrow table or a DuckDB relation, got {type(frame).__name__}.")
+        raise UserError(
+            f"{key}: expected a pandas frame, an Arrow table or a DuckDB relation, got {type(frame).__name__}."
+        )
     _check_names(map(str, columns), "the frame", key)
     con.register(name, frame)
     ordered = f"SELECT *, row_number() OVER () - 1 AS file_order, 'the frame' AS file_name FROM {quote(name)}"
@@ -113,10 +119,10 @@ def _skip(rows: Iterator[tuple[str, int]], count: int) -> None:
 
 
 def _csv_scan(con: duckdb.DuckDBPyConnection, files: list[str], key: str) -> str:
-    """read_csv of files whose first lines tell names and delimiter; text with a delimiter in it stands in double quotes.
+    """read_csv of files whose first lines tell names and delimiter; text with a delimiter in it stands in quotes.
 
-    DuckDB would guess all this from the first rows, and so skip a header that a broken row does not fit, and take quotes
-    that come later for text.
+    DuckDB would guess all this from the first rows, and so skip a header that a broken row does not fit, and take
+    quotes that come later for text.
     """
     options, columns = {}, {}
     for name in files:
@@ -127,7 +133,9 @@ def _csv_scan(con: duckdb.DuckDBPyConnection, files: list[str], key: str) -> str
         _check_names(filter(None, columns[name]), name, key)
         options[f"header=true, skip=0, quote='\"', escape='\"', delim='{delimiter}'"] = name
     if len(options) > 1:
-        raise UserError(f"{key}: {' and '.join(options.values())} part their columns by different signs; write them alike.")
+        raise UserError(
+            f"{key}: {' and '.join(options.values())} part their columns by different signs; write them alike."
+        )
     (dialect,) = options
     scan = f"read_csv([{', '.join(map(text, files))}], union_by_name=true, {dialect})"
     try:
@@ -144,12 +152,16 @@ def _read_csv(con: duckdb.DuckDBPyConnection, name: str, options: str, what: str
     try:
         return con.execute(f"SELECT {what} FROM read_csv({text(name)}, {options}) LIMIT 1").fetchall()
     except duckdb.Error as error:
-        raise UserError(f"{key}: {name} is not a readable CSV file: {complaint(error)}; mend the line or the file.") from None
+        raise UserError(
+            f"{key}: {name} is not a readable CSV file: {complaint(error)}; mend the line or the file."
+        ) from None
 
 
 def _check_names(names: Iterable[str], place: str, key: str) -> None:
     seen: set[str] = set()
     for name in names:
         if name.lower() in seen:
-            raise UserError(f"{key}: {place} has two columns '{name}' (capitals do not count); rename one of them there.")
+            raise UserError(
+                f"{key}: {place} has two columns '{name}' (capitals do not count); rename one of them there."
+            )
         seen.add(name.lower())

@@ -1,4 +1,4 @@
-"""From a config to a store: attach, sort, fit, encode, ask, audit, publish. Serving walks the same way with fitted vocabularies."""
+"""From a config to a store: attach, sort, fit, encode, ask, audit, publish. Serving does the same, fitting nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from supermoe.config import Eligible, FieldConfig, RunConfig
 from supermoe.data import audit, staging, vocab
+from supermoe.data.disk import writing
 from supermoe.data.events import write_events, write_users
 from supermoe.data.examples import write_examples
 from supermoe.data.labels import field_of
@@ -24,7 +25,7 @@ from supermoe.typed_yaml import UserError, build
 def prepare(config: RunConfig, source: Any = None) -> Store:
     """The store that the config describes, made from its source or the one given; an up-to-date one is used again.
 
-    Prints what it found. Everything wrong with the data or the declarations is a `UserError`, and then no store is left behind.
+    Prints what it found. What is wrong with the data or the declarations is a `UserError`, and then no store is left.
     """
     source = source or build("supermoe.data.sources", config.data.source)
     mark = fingerprint(config, source)
@@ -32,10 +33,12 @@ def prepare(config: RunConfig, source: Any = None) -> Store:
     if store is not None:
         print(f"{config.store}: up to date, prepared before")
         return store
-    with StoreWriter(config.store) as writer, staging.disk_errors(config.store):
+    tasks: dict[str, Any] = dict(config.tasks)
+    features: dict[str, Any] = dict(config.features)
+    with writing(config.store), StoreWriter(config.store) as writer:
         with closing(staging.connect(config.data.memory_limit, config.data.threads, writer.scratch)) as con:
             staged = staging.stage(con, source.attach(con), config.data, writer.scratch)
-            labels = {name: task.label for name, task in config.tasks.items()}
+            labels = {name: task.label for name, task in tasks.items()}
             plan = build("supermoe.data.splits", config.data.splits).plan(con, labels)
             vocabularies = vocab.fit(con, staged.fields, staged.num_events, plan.training_sql)
             vocabularies.save(writer.folder / "vocab")
@@ -43,12 +46,10 @@ def prepare(config: RunConfig, source: Any = None) -> Store:
             num_duplicates = write_events(staged, vocabularies, writer)
             write_users(staged, writer)
             copied = {field for label in labels.values() if (field := field_of(label, vocabularies.categories))}
-            examples = write_examples(
-                staged, writer, vocabularies, plan, config.features, config.tasks, copied=copied
-            )
+            examples = write_examples(staged, writer, vocabularies, plan, features, tasks, copied=copied)
             vocab.save_feature_knots(writer.folder / "vocab", examples.knots)
             schema = _schema(staged, vocabularies, list(examples.knots), examples.bags, examples.labels)
-            checked = audit.audit(staged, writer.folder, plan, schema, config.features, config.tasks)
+            checked = audit.audit(staged, writer.folder, plan, schema, features, tasks)
             summary = summarise(staged, writer, schema, plan, num_duplicates, examples.summary, checked)
         store = writer.finish(schema, mark, summary)
     print(render(summary))
@@ -68,11 +69,12 @@ def prepare_serving(
 ) -> Store:
     """A store with one example per eligible user at `as_of` (seconds UTC), in split `serve` and without labels.
 
-    `schema` and `vocab_dir` are the model's: the same SQL computes the features, and nothing is fitted. Only events before `as_of`
-    are read. With `everyone`, users whom `data.splits.eligible` leaves out, such as those without events, are included.
+    `schema` and `vocab_dir` are the model's: the same SQL computes the features, and nothing is fitted. Only events
+    before `as_of` are read. With `everyone`, users whom `data.splits.eligible` leaves out are included, such as those
+    without events.
     `conditions`: task -> who is asked, answered by the column examples/labels/<task>.asked.
     """
-    with StoreWriter(out) as writer, staging.disk_errors(out):
+    with writing(out), StoreWriter(out) as writer:
         with closing(staging.connect(config.data.memory_limit, config.data.threads, writer.scratch)) as con:
             fields = {name: FieldConfig(kind=f.kind, hash_size=f.hash_size) for name, f in schema.fields.items()}
             staged = staging.stage_serving(con, source.attach(con), fields, as_of, writer.scratch)
@@ -113,11 +115,10 @@ def fingerprint(config: RunConfig, source: Any) -> str:
     if content is None:
         return ""
     data = config.data.model_dump(mode="json", exclude={"store", "memory_limit", "threads"})
-    tasks = {}
-    for name, task in config.tasks.items():
-        eligible = task.eligible.model_dump(mode="json") if task.eligible else None
-        tasks[name] = [task.label_kind, task.label.model_dump(mode="json"), eligible]
-    features = {name: feature.model_dump(mode="json") for name, feature in config.features.items()}
+    tasks: dict[str, Any] = {}
+    for name, task in config.model_dump(mode="json", include={"tasks"})["tasks"].items():
+        tasks[name] = [config.tasks[name].label_kind, task["label"], task["eligible"]]  # type: ignore[union-attr]
+    features = config.model_dump(mode="json", include={"features"})["features"]
     parts = {"version": FORMAT_VERSION, "data": data, "tasks": tasks, "features": features, "source": content}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

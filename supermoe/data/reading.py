@@ -55,8 +55,8 @@ def read(
 ) -> Readable:
     """Rename, convert and check one table.
 
-    `required` columns: `user`, `time`, or the key of an items table; `constants`: further text columns, name -> SQL. A float that
-    is NaN is missing; an infinite one, a row without a user and a time that cannot be read are refused.
+    `required` columns: `user`, `time`, or the key of an items table; `constants`: further text columns, name -> SQL. A
+    float that is NaN is missing; an infinite one, a row without a user and a time that cannot be read are refused.
     """
     names = _names(raw, config, required)
     types = {ours: raw.types[theirs] for ours, theirs in names.items()}
@@ -83,7 +83,9 @@ def _names(raw: Raw, config: Columns, required: tuple[str, ...]) -> dict[str, st
     names = dict(config.columns)
     for ours, theirs in names.items():
         if theirs not in raw.types:
-            raise UserError(f"{raw.key}.columns.{ours}: {raw.place} has no column '{theirs}', {nearest(theirs, raw.types)}")
+            raise UserError(
+                f"{raw.key}.columns.{ours}: {raw.place} has no column '{theirs}', {nearest(theirs, raw.types)}"
+            )
     for theirs in raw.types:
         if theirs in config.columns.values():
             continue
@@ -101,7 +103,9 @@ def _names(raw: Raw, config: Columns, required: tuple[str, ...]) -> dict[str, st
             )
     for name in names:
         if name.lower() in RESERVED:
-            raise UserError(f"{raw.key}: '{name}' is a name used inside; rename the column, columns: {{my_{name}: {name}}}.")
+            raise UserError(
+                f"{raw.key}: '{name}' is a name used inside; rename the column, columns: {{my_{name}: {name}}}."
+            )
     return names
 
 
@@ -117,7 +121,9 @@ def _user_sql(raw: Raw, column: str) -> tuple[str, str]:
         return f"TRY_CAST({name} AS BIGINT)", "BIGINT"
     if type_name in ("VARCHAR", "UUID", *WIDE_INTEGERS, '"NULL"') or type_name.startswith("ENUM"):
         return f"CAST({name} AS VARCHAR)", "VARCHAR"
-    raise UserError(f"{raw.key}: the user column '{column}' of {raw.place} is {type_name}; ids are whole numbers or text.")
+    raise UserError(
+        f"{raw.key}: the user column '{column}' of {raw.place} is {type_name}; ids are whole numbers or text."
+    )
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -145,7 +151,7 @@ class _Checks:
     where: str
 
     def run(self, drop_null_users: bool) -> int:
-        """Raise a `UserError` about the first bad row; returns the number of rows without a user, if these are dropped."""
+        """Raise a `UserError` about the first bad row; returns how many rows without a user are dropped."""
         checks = [check for ours, theirs in self.names.items() for check in self._of_column(ours, theirs)]
         counts = ", ".join(["count(*)", *(f"count(*) FILTER (WHERE {check.condition})" for check in checks)])
         found = self._count(f"SELECT {counts} FROM {self.raw.scan} WHERE {self.where}")
@@ -165,17 +171,23 @@ class _Checks:
     def _of_column(self, ours: str, theirs: str) -> list[_Check]:
         name, type_name, checks = quote(theirs), self.raw.types[theirs], []
         if type_name in FLOATS:
-            checks.append(_Check(theirs, f"isinf({name})", "is infinite; write a number, or nothing where it is missing"))
+            checks.append(
+                _Check(theirs, f"isinf({name})", "is infinite; write a number, or nothing where it is missing")
+            )
         if ours == "user":
             if type_name in FLOATS:
                 fraction = f"{name} <> floor({name})"
-                checks.append(_Check(theirs, fraction, "is no whole number, so no user id; write whole numbers or text"))
+                checks.append(
+                    _Check(theirs, fraction, "is no whole number, so no user id; write whole numbers or text")
+                )
             dropping = "names no user; mend the row, or give drop_null_users: true to leave such rows out"
             checks.append(_Check(theirs, f"({self.columns['user']}) IS NULL", dropping, "null"))
         if ours == "time" and isinstance(self.config, TimedColumns):
             time = self.columns["time"]
             unread = f"coalesce({time} NOT BETWEEN TIMESTAMP '{EARLIEST}' AND TIMESTAMP '{LATEST}', true)"
-            iso = "is no time between 1700 and 2262; write ISO times such as 2017-11-05T12:00:00, or give the right time_unit"
+            iso = (
+                "is no time between 1700 and 2262; write ISO times such as 2017-11-05T12:00:00, or set time_unit right"
+            )
             checks.append(_Check(theirs, unread, iso))
             if may_mix_zones(type_name, self.config):
                 checks.append(_Check(theirs, has_zone_sql(theirs), "", "zone"))
@@ -202,14 +214,15 @@ class _Checks:
         file, row, value = self._first(column, plain)
         _, other_row, other = self._first(column, zoned)
         raise UserError(
-            f"{self.raw.key}: {file}, row {row}, column '{column}': the time {value!r} carries no zone, but {other!r} in row "
-            f"{other_row} does; write all times of a table with a zone, or all without one and set time_zone."
+            f"{self.raw.key}: {file}, row {row}, column '{column}': the time {value!r} carries no zone, but {other!r} "
+            f"in row {other_row} does; write all times of a table with a zone, or all without one and set time_zone."
         )
 
     def _first(self, column: str, condition: str) -> tuple[str, int, Any]:
         """(file, row counted from 1, value as text) of the first row for which the condition holds."""
         numbered = "file_order - min(file_order) OVER (PARTITION BY file_name) + 1 AS row_in_file"
         return self.con.execute(
-            f"SELECT file_name, row_in_file, CAST({quote(column)} AS VARCHAR) FROM (SELECT *, {numbered} FROM ({self.raw.ordered})) "
+            f"SELECT file_name, row_in_file, CAST({quote(column)} AS VARCHAR) "
+            f"FROM (SELECT *, {numbered} FROM ({self.raw.ordered})) "
             f"WHERE {self.where} AND {condition} ORDER BY file_order LIMIT 1"
         ).fetchall()[0]

@@ -1,7 +1,7 @@
 """Where a log comes from: files named in the config, frames handed over in Python, or a named data set.
 
-A source has `attach(con) -> SourceTables`, which makes views in our column names, and `fingerprint()`, which changes with the
-content (None: never reuse a store). Named data sets are in `supermoe/data/datasets.py`.
+A source has `attach(con) -> SourceTables`, which makes views in our column names, and `fingerprint()`, which changes
+with the content (None: never reuse a store). Named data sets are in `supermoe/data/datasets.py`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 import duckdb
 from pydantic import Field, field_validator
 
+from supermoe import typed_yaml
 from supermoe.data.datasets import CompleteJourney, MovieLens
 from supermoe.data.opening import Raw, find_files, open_files, open_frame
 from supermoe.data.reading import Columns, TimedColumns
 from supermoe.data.tables import EventTable, ItemTable, SourceTables, attach
-from supermoe.typed_yaml import Config, UserError, nearest, validate
+from supermoe.typed_yaml import UserError, nearest, validate
 
 
 class EventFiles(TimedColumns):
@@ -53,7 +54,7 @@ def _as_mapping(value: Any) -> Any:
 class Files:
     """Parquet and CSV files: paths, globs or folders, relative to where the command is run."""
 
-    class Config(Config):
+    class Config(typed_yaml.Config):
         type: str = "files"
         events: list[EventFiles] = Field(min_length=1)
         users: UserFiles | None = None
@@ -91,7 +92,8 @@ class Files:
     def fingerprint(self) -> Any:
         """Name, size and time of change of every file."""
         config = self.config
-        parts = [*_numbered(config.events), *((f"tables.{name}", item) for name, item in config.tables.items())]
+        parts: list[tuple[str, Any]] = list(_numbered(config.events))
+        parts += [(f"tables.{name}", item) for name, item in config.tables.items()]
         parts += [(name, item) for name, item in (("users", config.users), ("items", config.items)) if item]
         names = [name for key, item in parts for name in find_files(item.path, f"data.source.{key}")]
         return [[name, os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in names]
@@ -109,7 +111,7 @@ def _open(con: duckdb.DuckDBPyConnection, item: Any, place: str) -> Raw:
 class Frames:
     """pandas frames, Arrow tables or DuckDB relations, from Python.
 
-    `events`: one frame, or event type -> frame. `users`, `items` (with `item_key`) and `tables` (name -> frame) are optional.
+    `events`: one frame, or event type -> frame. Optional: `users`, `items` (with `item_key`), `tables` (name -> frame).
     `columns` maps our names to the frames' own ("user", "time", and any other), where a frame has them.
 
     >>> Frames(events=frame, columns={"user": "customer_id", "time": "ts"})
@@ -133,7 +135,9 @@ class Frames:
         self.columns, self.item_key = dict(columns or {}), item_key
         self.time_zone, self.time_unit, self.drop_null_users = time_zone, time_unit, drop_null_users
         if (items is None) != (item_key is None):
-            raise UserError("Frames: items and item_key go together: the items table is joined onto the events by that column.")
+            raise UserError(
+                "Frames: items and item_key go together: the items table is joined onto the events by that column."
+            )
 
     def attach(self, con: duckdb.DuckDBPyConnection) -> SourceTables:
         """Make the views; everything wrong with the frames is a `UserError`."""

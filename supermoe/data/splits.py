@@ -17,7 +17,16 @@ import duckdb
 from pydantic import Field, field_validator
 
 from supermoe.config import Eligible
-from supermoe.typed_yaml import ALL_TIME, Config, Duration, Instant, UserError, format_duration, format_instant
+from supermoe.typed_yaml import (
+    ALL_TIME,
+    Config,
+    Duration,
+    Instant,
+    UserError,
+    format_duration,
+    format_instant,
+    validate_inside,
+)
 
 SPLITS = {"train": 0, "valid": 1, "test": 2, "serve": 3}
 DAY = 86_400
@@ -110,12 +119,20 @@ class TimeSplit:
 
     class Config(Config):
         type: str = "time"
-        train: TimeSplit.Series | list[Instant] | None = None
+        train: list[Instant] | None = None  # or a series: {first, last, every}
         valid: Instant | None = None
         test: Instant | None = None
         cuts: int = Field(8, ge=1)  # at most so many automatic training cuts
         eligible: Eligible = Eligible()  # which users are asked at a cut
         users: UserFolds = UserFolds()  # of attribute labels
+
+        @field_validator("train", mode="before")
+        @classmethod
+        def _cuts_of_series(cls, value: Any) -> Any:
+            if not isinstance(value, Mapping):
+                return value
+            series = validate_inside(TimeSplit.Series, value)
+            return list(range(series.first, series.last + 1, series.every))
 
     def __init__(self, config: TimeSplit.Config):
         self.config = config
@@ -141,9 +158,7 @@ class TimeSplit:
             if test is None:
                 test = (last // DAY + 1) * DAY - step
             valid = test - step
-        if isinstance(config.train, TimeSplit.Series):
-            train = list(range(config.train.first, config.train.last + 1, config.train.every))
-        elif config.train is not None:
+        if config.train is not None:
             train = list(config.train)
         else:
             assert valid is not None

@@ -6,8 +6,6 @@ The sort is DuckDB's external one, written to Parquet; nothing is ever gathered 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,17 +16,17 @@ from supermoe.config import DataConfig, FieldConfig
 from supermoe.data.fields import OWN_COLUMNS, check_kind, choose_fields, stored_sql
 from supermoe.data.sql import complaint, quote, text
 from supermoe.data.tables import SourceTables
-from supermoe.typed_yaml import UserError, nearest
+from supermoe.typed_yaml import UserError, format_instant, nearest
 
 
 @dataclass(frozen=True)
 class Staged:
     """Views on `con`, read from Parquet in the scratch folder when asked for:
 
-    log(user_row BIGINT, position BIGINT, time TIMESTAMP, event VARCHAR, <raw columns>, row BIGINT), in (user_row, position) order;
-        `row` = first_row of the user + position is the event's row in the store's columns
-    people(user_row BIGINT, "user" <own type>, first_row BIGINT, num_events BIGINT, <attributes>), one row per user, in user_row
-        order, users without events included
+    log(user_row BIGINT, position BIGINT, time TIMESTAMP, event VARCHAR, <raw columns>, row BIGINT), in (user_row,
+        position) order; `row` = first_row of the user + position is the event's row in the store's columns
+    people(user_row BIGINT, "user" <own type>, first_row BIGINT, num_events BIGINT, <attributes>), one row per user, in
+        user_row order, users without events included
     table_<name>(user_row BIGINT, time TIMESTAMP, <columns>)
     """
 
@@ -60,22 +58,6 @@ def connect(memory_limit: str, threads: int | None, scratch: Path) -> duckdb.Duc
     if threads:
         con.execute(f"SET threads = {threads}")
     return con
-
-
-@contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
-    """Turn DuckDB's running out of disk or memory into a `UserError`."""
-    try:
-        yield
-    except duckdb.OutOfMemoryException as error:
-        raise UserError(
-            f"{place}: preparing ran out of memory or of disk for spilling ({complaint(error)}). Free space there, point `data.store` "
-            f"at a larger disk, or raise `data.memory_limit`; nothing was kept."
-        ) from None
-    except duckdb.IOException as error:
-        if "space" not in str(error).lower() and "quota" not in str(error).lower():
-            raise
-        raise UserError(f"{place}: the disk is full ({complaint(error)}); free space there or point `data.store` elsewhere.") from None
 
 
 def execute_with_progress(con: duckdb.DuckDBPyConnection, sql: str, title: str) -> None:
@@ -115,12 +97,18 @@ def stage_serving(
     types = _types(con, source.events)
     for name, field in fields.items():
         if name not in types:
-            raise UserError(f"the events have no column '{name}', which the model reads; {nearest(name, types)}")
+            raise UserError(f"the events have no column '{name}', which the model reads; {nearest(name, types.keys() - set(OWN_COLUMNS))}")
         check_kind(name, types[name], field.kind)
     past = f"SELECT * FROM {quote(source.events)} WHERE time < make_timestamp({as_of * 1_000_000}::BIGINT)"
     con.execute(f"CREATE OR REPLACE TEMP VIEW past_events AS {past}")
     source = replace(source, events="past_events", tables={})
-    return _stage(con, source, fields, _event_types(con, "past_events"), scratch, [])
+    staged = _stage(con, source, fields, _event_types(con, "past_events"), scratch, [])
+    if staged.num_users == 0:
+        raise UserError(
+            f"no user to serve: the events hold no rows before {format_instant(as_of)} and there is no users table; check "
+            f"the date and the files."
+        )
+    return staged
 
 
 def _stage(
@@ -182,14 +170,15 @@ def _make_people(con: duckdb.DuckDBPyConnection, source: SourceTables) -> list[s
     if source.users:
         attributes = [name for name in _types(con, source.users) if name != "user"]
         counts = (
-            f'SELECT coalesce(e."user", u."user") AS "user", coalesce(num_events, 0) AS num_events, u.* EXCLUDE ("user") '
-            f'FROM ({counts}) AS e FULL JOIN {source.users} AS u ON e."user" = u."user"'
+            'SELECT coalesce(e."user", u."user") AS "user", coalesce(num_events, 0) AS num_events, '
+            f'u.* EXCLUDE ("user") FROM ({counts}) AS e FULL JOIN {source.users} AS u ON e."user" = u."user"'
         )
     con.execute(
         f"""
         CREATE OR REPLACE TABLE people AS
         SELECT row_number() OVER (ORDER BY "user") - 1 AS user_row, "user",
-               CAST(sum(num_events) OVER (ORDER BY "user" ROWS UNBOUNDED PRECEDING) - num_events AS BIGINT) AS first_row,
+               CAST(sum(num_events) OVER (ORDER BY "user" ROWS UNBOUNDED PRECEDING) - num_events AS BIGINT)
+                   AS first_row,
                * EXCLUDE ("user")
         FROM ({counts}) ORDER BY "user"
         """
@@ -210,15 +199,19 @@ def _sort(
         events = f"(SELECT *, row_number() OVER () AS file_order FROM {quote(events)})"
     columns = [name for name in types if name not in OWN_COLUMNS]
     read = {name: stored_sql(name, types[name], fields.get(name)) for name in columns}
-    read["event"] = f"CAST(event AS ENUM ({', '.join(map(text, event_types)) or text('none')}))"  # a byte to sort, not a text
+    known_types = ", ".join(map(text, event_types)) or text("none")
+    read["event"] = f"CAST(event AS ENUM ({known_types}))"  # a byte to sort, not a text
     listed = ", ".join(f"{sql} AS {quote(name)}" for name, sql in read.items())
     names = ", ".join(map(quote, columns))
     small = "UINTEGER" if sum(event_types.values()) < 2**32 else "UBIGINT"  # half the memory while sorting
     people = f'SELECT user_row::{small} AS user_row, first_row::{small} AS first_row, "user" AS _person FROM people'
-    by_user = f'SELECT user_row, first_row, time, {listed}, file_order FROM {events} JOIN ({people}) ON "user" = _person'
-    in_order = f"SELECT * FROM ({by_user}) ORDER BY user_row, time, file_order"
-    numbered = (
-        f"SELECT user_row::BIGINT AS user_row, row_number() OVER () - 1 - first_row AS position, time, {names} FROM ({in_order})"
+    by_user = (
+        f'SELECT user_row, first_row, time, {listed}, file_order FROM {events} JOIN ({people}) ON "user" = _person'
     )
-    execute_with_progress(con, f"COPY ({numbered}) TO {text(str(path))} (FORMAT parquet)", "sort the log")
+    in_order = f"SELECT * FROM ({by_user}) ORDER BY user_row, time, file_order"
+    position = "row_number() OVER () - 1 - first_row AS position"
+    numbered = f"SELECT user_row::BIGINT AS user_row, {position}, time, {names} FROM ({in_order})"
+    # looking for a dictionary in columns of many values would cost a fifth of the sort
+    options = "FORMAT parquet, DICTIONARY_SIZE_LIMIT 5000"
+    execute_with_progress(con, f"COPY ({numbered}) TO {text(str(path))} ({options})", "sort the log")
     con.execute(f"CREATE OR REPLACE VIEW log AS SELECT *, file_row_number AS row FROM read_parquet({text(str(path))})")

@@ -4,17 +4,17 @@
     events/time.npy  events/<field>.npy  (lists: events/<field>.offsets.npy beside the ids)
     examples/{user,cut,visible,split,features}.npy  examples/labels/  examples/bags/
 
-Events lie in (user, time, file order); user u owns the rows `offsets_U[u]:offsets_U[u + 1]`, so any slice of any history is
-zero-copy and a store larger than memory trains.
+Events lie in (user, time, file order); user u owns the rows `offsets_U[u]:offsets_U[u + 1]`, so any slice of any
+history is zero-copy and a store larger than memory trains.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from supermoe.data.disk import read_json, read_table
 from supermoe.data.schema import Schema
 from supermoe.data.splits import SPLITS
 from supermoe.typed_yaml import UserError, validate
@@ -35,7 +35,7 @@ REMEDY = "delete the folder and prepare it again with `python -m supermoe.prepar
 
 @dataclass(frozen=True)
 class IdLists:
-    """Lists of ids laid end to end: list i is `ids[offsets[i]:offsets[i + 1]]`; `counts` beside the ids of bags, `asked` of sets."""
+    """Lists of ids laid end to end: list i is `ids[offsets[i]:offsets[i + 1]]`; bags have `counts`, sets `asked`."""
 
     offsets: np.ndarray  # int64 [n + 1]
     ids: np.ndarray  # int32
@@ -45,7 +45,7 @@ class IdLists:
 
 @dataclass(frozen=True)
 class Examples:
-    """The questions, sorted by (user, cut): row of the user, cut in seconds UTC, events visible before it, split code."""
+    """The questions, sorted by (user, cut): user row, cut in seconds UTC, number of events before it, split code."""
 
     user: np.ndarray
     cut: np.ndarray
@@ -54,7 +54,7 @@ class Examples:
 
 
 class Store:
-    """An opened store. All arrays are read-only memory maps, so opening costs no memory and forked workers share pages."""
+    """An opened store. All arrays are read-only memory maps: opening costs no memory, forked workers share pages."""
 
     def __init__(self, path: Path, schema: Schema, fingerprint: str, summary: dict[str, Any]):
         self.path, self.schema, self.fingerprint, self.summary = path, schema, fingerprint, summary
@@ -65,17 +65,18 @@ class Store:
         path = Path(path)
         if not path.is_dir():
             raise UserError(f"{path}: there is no store here; run `python -m supermoe.prepare --config ...` first.")
-        marks = _read_json(path / "fingerprint.json")
-        if not isinstance(marks, dict) or marks.get("version") != FORMAT_VERSION:
-            found = marks.get("version") if isinstance(marks, dict) else None
-            raise UserError(f"{path}: store format {found}, this version of supermoe reads {FORMAT_VERSION}; {REMEDY}.")
+        marks = read_json(path / "fingerprint.json", REMEDY, "version")
+        if marks["version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: store format {marks['version']}, this version of supermoe reads {FORMAT_VERSION}; {REMEDY}"
+            )
         for name, size in marks["files"].items():
             actual = (path / name).stat().st_size if (path / name).is_file() else None
             if actual != size:
                 state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
                 raise UserError(f"{path / name} {state}: the store is damaged; {REMEDY}.")
-        schema = validate(Schema, _read_json(path / "schema.json"), str(path / "schema.json"))
-        return cls(path, schema, marks["fingerprint"], _read_json(path / "summary.json"))
+        schema = validate(Schema, read_json(path / "schema.json", REMEDY), str(path / "schema.json"))
+        return cls(path, schema, marks["fingerprint"], read_json(path / "summary.json", REMEDY))
 
     def array(self, name: str) -> np.ndarray:
         """Memory map of <name>.npy, for example `events/time`."""
@@ -89,12 +90,12 @@ class Store:
     @cached_property
     def users(self) -> pa.Table:
         """users.parquet: user (own type), offset, length, attributes; row = user row."""
-        return pq.read_table(self.path / "users.parquet")
+        return read_table(self.path / "users.parquet", REMEDY)
 
     @cached_property
     def offsets_U(self) -> np.ndarray:
         """int64 [U + 1]: event rows of each user."""
-        table = pq.read_table(self.path / "users.parquet", columns=["length"])
+        table = read_table(self.path / "users.parquet", REMEDY, ["length"])
         return np.concatenate([[0], np.cumsum(table["length"].to_numpy())])
 
     @cached_property
@@ -154,14 +155,6 @@ def _memory_map(path: Path) -> np.ndarray:
         raise UserError(f"{path}: not a readable column of a store ({error}); {REMEDY}.") from None
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason}): the store is not complete; {REMEDY}.") from None
-
-
 class Column:
     """A .npy file of [n] values, or [n, width], written piece by piece; its header is completed by `close`."""
 
@@ -188,7 +181,8 @@ class Column:
 
     def abandon(self) -> None:
         """Let go of the file as it is."""
-        self._file.close()
+        with suppress(OSError):  # closing flushes, which a full disk refuses once more
+            self._file.close()
 
     def __enter__(self) -> Column:
         return self
@@ -198,9 +192,9 @@ class Column:
 
 
 class StoreWriter:
-    """Builds a store in a hidden sibling folder of `path` that `finish` moves into place; nothing half-written looks complete.
+    """Builds a store in a hidden sibling folder of `path` that `finish` moves into place, never half-written.
 
-    Used in `with`: on an error the sibling folder is removed, and a full disk becomes a `UserError`.
+    Used in `with`: on an error the sibling folder is removed.
     """
 
     def __init__(self, path: Path | str):
@@ -209,9 +203,11 @@ class StoreWriter:
         self._columns: list[Column] = []
 
     def __enter__(self) -> StoreWriter:
-        """Make the sibling folder; a `UserError` where `path` is something else than a store, which is never overwritten."""
+        """Make the sibling folder; a `UserError` where `path` is not a store, as nothing else is ever overwritten."""
         if self.path.exists() and not (self.path / "fingerprint.json").is_file() and not _is_empty_folder(self.path):
-            raise UserError(f"{self.path} exists and is not a store; give another folder under `data.store`, or remove it.")
+            raise UserError(
+                f"{self.path} exists and is not a store; give another folder under `data.store`, or remove it."
+            )
         shutil.rmtree(self.folder, ignore_errors=True)
         for name in ("events", "examples/labels", "examples/bags", "vocab", "scratch"):
             (self.folder / name).mkdir(parents=True)
@@ -221,10 +217,6 @@ class StoreWriter:
         for column in self._columns:
             column.abandon()
         shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{self.path}: the disk is full, nothing was kept; free space there or point `data.store` at another disk."
-            ) from None
 
     @property
     def scratch(self) -> Path:
@@ -246,7 +238,7 @@ class StoreWriter:
         return _memory_map(self.folder / f"{name}.npy")
 
     def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        """A column that was written before, `rows` rows at a time; mapped anew for each, so that only one is resident."""
+        """A column written before, `rows` rows at a time; mapped anew for each, so that only one is resident."""
         for first in range(0, len(self.read(name)), rows):
             yield np.array(self.read(name)[first : first + rows])
 

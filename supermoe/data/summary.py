@@ -47,12 +47,14 @@ def _field(writer: StoreWriter, name: str, schema: Schema, limit: int | None) ->
     if field.kind == "categories":
         return found | {"unknown": _unknown_items(writer, name)}
     counts = np.zeros((3, 2), np.int64)  # rows, missing, unknown; up to the limit and later
-    for values, time in zip(writer.blocks(f"events/{name}", BLOCK_ROWS), writer.blocks("events/time", BLOCK_ROWS), strict=True):
+    for values, time in zip(
+        writer.blocks(f"events/{name}", BLOCK_ROWS), writer.blocks("events/time", BLOCK_ROWS), strict=True
+    ):
         later = np.zeros(len(time), bool) if limit is None else time >= limit
         missing = np.isnan(values) if field.kind == "number" else values == PADDING
         unknown = np.zeros(len(time), bool) if field.kind == "number" else values == UNKNOWN
         for row, mark in enumerate((np.ones(len(time), bool), missing, unknown)):
-            counts[row] += np.count_nonzero(mark & ~later), np.count_nonzero(mark & later)
+            counts[row] += [np.count_nonzero(mark & ~later), np.count_nonzero(mark & later)]
     shares = counts[1:] / np.maximum(counts[0], 1)
     periods = ("all",) if limit is None else ("train", "later")
     for kind, row in zip(("missing",) if field.kind == "number" else ("missing", "unknown"), shares, strict=False):
@@ -64,7 +66,7 @@ def _unknown_items(writer: StoreWriter, name: str) -> float:
     """Share of unknown ids among the items of a list field."""
     found = np.zeros(2, np.int64)
     for ids in writer.blocks(f"events/{name}", BLOCK_ROWS):
-        found += len(ids), np.count_nonzero(ids == UNKNOWN)
+        found += np.array([len(ids), np.count_nonzero(ids == UNKNOWN)])
     return round(float(found[1] / max(found[0], 1)), 6)
 
 
@@ -88,7 +90,10 @@ def render(summary: dict[str, Any]) -> str:
 def _describe(value: Any) -> str:
     """Nested numbers on one line."""
     if isinstance(value, dict):
-        parts = [f"{key} ({_describe(item)})" if isinstance(item, dict) else f"{key} {_describe(item)}" for key, item in value.items()]
+        parts = [
+            f"{key} ({_describe(item)})" if isinstance(item, dict) else f"{key} {_describe(item)}"
+            for key, item in value.items()
+        ]
         return ", ".join(parts)
     if isinstance(value, float):
         return f"{value:.4g}"

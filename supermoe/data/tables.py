@@ -1,4 +1,4 @@
-"""From the opened tables of a source to its views: one table of events with the items joined on, users, label tables."""
+"""From the opened tables of a source to its views: one of events with the items joined on, users, label tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAME_TYPE = "user ids are whole numbers in one table and text in another; all ar
 class SourceTables:
     """Names of the views that a source made.
 
-    events("user" BIGINT or VARCHAR, time TIMESTAMP in UTC, event VARCHAR, <columns>, file_order BIGINT breaking ties in time);
+    events("user" BIGINT or VARCHAR, time TIMESTAMP in UTC, event VARCHAR, <columns>, file_order BIGINT for ties);
     users("user", <attributes>); tables: name -> view("user", time, <columns>).
     """
 
@@ -57,15 +57,16 @@ def attach(
     drop_null_users: bool,
 ) -> SourceTables:
     """Check all tables and make the views of `SourceTables`."""
-    timed = {"required": ("user", "time"), "drop_null_users": drop_null_users}
-    logs = [read(con, one.raw, one.config, constants=_event_type(one), **timed) for one in events]
+    logs = [_read_timed(con, one.raw, one.config, drop_null_users, _event_type(one)) for one in events]
     people = read(con, *users, required=("user",), drop_null_users=drop_null_users) if users else None
-    others = {name: read(con, raw, config, **timed) for name, (raw, config) in tables.items()}
+    others = {name: _read_timed(con, *table, drop_null_users) for name, table in tables.items()}
     _check_types(logs)
     everything = [*logs, *others.values(), *([people] if people else [])]
     as_text = len({one.types["user"] for one in everything}) > 1
     numbered = [_select(one, as_text, f"({n}::BIGINT << 56) + file_order AS file_order") for n, one in enumerate(logs)]
-    con.execute(f"CREATE OR REPLACE VIEW source_events AS {_with_items(con, ' UNION ALL BY NAME '.join(numbered), logs, items)}")
+    con.execute(
+        f"CREATE OR REPLACE VIEW source_events AS {_with_items(con, ' UNION ALL BY NAME '.join(numbered), logs, items)}"
+    )
     if people is not None:
         con.execute(f"CREATE OR REPLACE VIEW source_users AS {_select(people, as_text)}")
         _check_unique(con, people.raw, "source_users", "user")
@@ -82,6 +83,16 @@ def attach(
     )
 
 
+def _read_timed(
+    con: duckdb.DuckDBPyConnection,
+    raw: Raw,
+    config: TimedColumns,
+    drop_null_users: bool,
+    constants: Mapping[str, str] | None = None,
+) -> Readable:
+    return read(con, raw, config, required=("user", "time"), drop_null_users=drop_null_users, constants=constants)
+
+
 def _event_type(table: EventTable) -> dict[str, str]:
     """The constant column `event`, where the table has none of its own."""
     raw, columns = table.raw, table.config.columns
@@ -95,7 +106,8 @@ def _event_type(table: EventTable) -> dict[str, str]:
 def _select(table: Readable, as_text: bool, *more: str) -> str:
     """The table's columns with all user ids as text if asked for, and `more`."""
     user = 'CAST("user" AS VARCHAR) AS "user"' if as_text else '"user"'
-    return f"SELECT {', '.join([user, *(quote(name) for name in table.types if name != 'user'), *more])} FROM ({table.sql})"
+    others = [quote(name) for name in table.types if name != "user"]
+    return f"SELECT {', '.join([user, *others, *more])} FROM ({table.sql})"
 
 
 def _check_types(tables: list[Readable]) -> None:
@@ -106,8 +118,9 @@ def _check_types(tables: list[Readable]) -> None:
             other = seen.setdefault(name, table)
             if name != "user" and (other.types[name] == "VARCHAR") != (type_name == "VARCHAR"):
                 raise UserError(
-                    f"{table.raw.key}: the column '{name}' is {type_name} in {table.raw.place} and {other.types[name]} in "
-                    f"{other.raw.place}; rename one of them under `columns`, or write both with one type."
+                    f"{table.raw.key}: the column '{name}' is {type_name} in {table.raw.place} and "
+                    f"{other.types[name]} in {other.raw.place}; rename one of them under `columns`, or write both "
+                    f"with one type."
                 )
 
 
@@ -126,14 +139,19 @@ def _with_items(con: duckdb.DuckDBPyConnection, events: str, logs: list[Readable
     table = read(con, raw, items.config, required=(key,))
     types = {name: kind for log in logs for name, kind in log.types.items()}
     if key not in types:
-        raise UserError(f"{raw.key}.key: the events have no column '{key}' to join items by, only {', '.join(sorted(types))}.")
+        raise UserError(
+            f"{raw.key}.key: the events have no column '{key}' to join items by, only {', '.join(sorted(types))}."
+        )
     if (types[key] == "VARCHAR") != (table.types[key] == "VARCHAR"):
         raise UserError(
-            f"{raw.key}.key: '{key}' is {types[key]} in the events and {table.types[key]} in {raw.place}; write both with one type."
+            f"{raw.key}.key: '{key}' is {types[key]} in the events and {table.types[key]} in {raw.place}; write both "
+            f"with one type."
         )
     for name in table.types:
         if name != key and name in types:
-            raise UserError(f"{raw.key}: the events and {raw.place} both have a column '{name}'; rename it under {raw.key}.columns.")
+            raise UserError(
+                f"{raw.key}: the events and {raw.place} both have a column '{name}'; rename it under {raw.key}.columns."
+            )
     con.execute(f"CREATE OR REPLACE VIEW source_items AS SELECT * EXCLUDE (file_order) FROM ({table.sql})")
     _check_unique(con, raw, "source_items", key)
     return f"SELECT * FROM ({events}) LEFT JOIN source_items USING ({quote(key)})"

@@ -1,4 +1,4 @@
-"""Whatever a log calls a time -> TIMESTAMP in UTC: timestamps, dates, ISO text, numbers since 1970, local times of a zone."""
+"""Whatever a log calls a time -> TIMESTAMP in UTC: timestamps, dates, ISO text, numbers since 1970, local times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def time_sql(column: str, type_name: str, reading: TimeReading, place: str) -> s
     if reading.time_unit is not None:
         return _from_number(name, type_name, reading, place)
     if type_name in (*INTEGERS, *FLOATS):
-        raise UserError(f"{place} holds numbers ({type_name}); say what they count from 1970 on: time_unit: s, ms or us.")
+        raise UserError(
+            f"{place} holds numbers ({type_name}); say what they count from 1970 on: time_unit: s, ms or us."
+        )
     if type_name == "TIMESTAMP WITH TIME ZONE":
         return _in_utc(f"timezone('UTC', {name})", reading, zone=None)
     if type_name == "DATE" or type_name.startswith("TIMESTAMP"):

@@ -1,32 +1,31 @@
-"""Vocabularies of category fields and quantile knots of number fields: fitted on training time only, saved, loaded, applied."""
+"""Vocabularies of category fields and quantile knots of numbers: fitted on training time, saved, loaded, applied."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import duckdb
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from supermoe.config import FieldConfig
-from supermoe.data.sql import quote
+from supermoe.data.disk import read_table
 from supermoe.data.schema import FIRST_ID, PADDING, UNKNOWN
-from supermoe.typed_yaml import UserError
+from supermoe.data.sql import quote
 
 NUM_KNOTS = 65
 SAMPLE_ROWS = 1_000_000  # knots of longer columns come from so many rows
 FEATURES = "features.parquet"
+REMEDY = "prepare the store again, or copy the whole model folder again"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids of one category field: row i of `values` has id i + 2; without values, ids are hashes into `hash_size` rows."""
+    """Ids of one category field: row i of `values` has id i + 2; without values ids are hashes to `hash_size` rows."""
 
     name: str
     values: pa.Array | None = None
@@ -46,21 +45,15 @@ class Vocabulary:
             return f"list_transform({column}, lambda x: {_hash_sql('x', self.hash_size)})"
         return _hash_sql(column, self.hash_size)
 
-    def encode(self, values: pa.Array) -> np.ndarray:
+    def encode(self, values: pa.ChunkedArray) -> np.ndarray:
         """Values as read by `encode_sql` -> int32 ids: null 0, not in the vocabulary 1."""
-        if self.hash_size is not None:
-            return pc.fill_null(values, 0).to_numpy(zero_copy_only=False).astype(np.int32)
+        if self.values is None:
+            return pc.fill_null(values, PADDING).to_numpy(zero_copy_only=False).astype(np.int32)
         if pa.types.is_null(values.type):
             return np.zeros(len(values), np.int32)
-        encoded = values.dictionary_encode()
-        rows = self._index.get_indexer(_cast(encoded.dictionary, self.values.type).to_pandas())
-        ids = np.append(np.where(rows < 0, UNKNOWN, rows + FIRST_ID), PADDING).astype(np.int32)
-        return ids[pc.fill_null(encoded.indices, len(rows)).to_numpy(zero_copy_only=False)]
-
-    @cached_property
-    def _index(self) -> pd.Index:
-        assert self.values is not None
-        return pd.Index(self.values.to_pandas())
+        rows = pc.index_in(_cast(values, self.values.type), value_set=self.values)
+        ids = pc.add(pc.fill_null(rows, UNKNOWN - FIRST_ID), FIRST_ID).to_numpy(zero_copy_only=False)
+        return np.where(values.is_null().to_numpy(zero_copy_only=False), PADDING, ids).astype(np.int32)
 
     def register(self, con: duckdb.DuckDBPyConnection) -> None:
         """Create the table vocab_<name>(value, id INTEGER) that `lookup_sql` joins with."""
@@ -96,7 +89,9 @@ class Vocabularies:
         """Write <folder>/<field>.parquet: columns value, count; or knot."""
         for name, vocabulary in self.categories.items():
             if vocabulary.values is not None:
-                pq.write_table(pa.table({"value": vocabulary.values, "count": vocabulary.counts}), folder / f"{name}.parquet")
+                pq.write_table(
+                    pa.table({"value": vocabulary.values, "count": vocabulary.counts}), folder / f"{name}.parquet"
+                )
         for name, knots in self.knots.items():
             pq.write_table(pa.table({"knot": knots}), folder / f"{name}.parquet")
 
@@ -106,14 +101,12 @@ def _hash_sql(value: str, size: int) -> str:
     return f"CAST({FIRST_ID} + md5_number_lower(CAST({value} AS VARCHAR)) % {size} AS INTEGER)"
 
 
-def _cast(values: pa.Array, target: pa.DataType) -> pa.Array:
+def _cast(values: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
     """Values in the vocabulary's type; what does not convert becomes null, and so unknown."""
-    if values.type == target:
-        return values
     try:
         return pc.cast(values, target)
     except pa.ArrowInvalid:
-        return pa.array([_convert(value, target) for value in values], target)
+        return pa.chunked_array([[_convert(value, target) for value in values]], target)
 
 
 def _convert(value: pa.Scalar, target: pa.DataType) -> pa.Scalar | None:
@@ -126,40 +119,47 @@ def _convert(value: pa.Scalar, target: pa.DataType) -> pa.Scalar | None:
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def fit(con: duckdb.DuckDBPyConnection, fields: Mapping[str, FieldConfig], num_events: int, training_sql: str) -> Vocabularies:
+def fit(
+    con: duckdb.DuckDBPyConnection, fields: Mapping[str, FieldConfig], num_events: int, training_sql: str
+) -> Vocabularies:
     """Fit all fields on the rows of the view `log` for which `training_sql` holds, with DuckDB's bounded memory."""
-    categories, knots = {}, {}
+    categories = {}
     for name, config in fields.items():
-        if config.kind == "number":
-            knots[name] = _fit_knots(con, name, num_events, training_sql)
-        elif config.hash_size is not None:
+        if config.kind != "number" and config.hash_size is not None:
             categories[name] = Vocabulary(name, hash_size=config.hash_size)
-        else:
+        elif config.kind != "number":
             categories[name] = _fit_values(con, name, config, training_sql)
-    return Vocabularies(categories, knots)
+    numbers = [name for name, config in fields.items() if config.kind == "number"]
+    return Vocabularies(categories, _fit_knots(con, numbers, num_events, training_sql))
 
 
 def _fit_values(con: duckdb.DuckDBPyConnection, name: str, config: FieldConfig, training_sql: str) -> Vocabulary:
     """The most frequent values, by falling count, ties by value."""
     value = f"unnest({quote(name)})" if config.kind == "categories" else quote(name)
     table = con.sql(
-        f"SELECT value, count(*) AS count FROM (SELECT {value} AS value FROM log WHERE {training_sql}) WHERE value IS NOT NULL "
-        f"GROUP BY value HAVING count(*) >= {config.min_count} ORDER BY count DESC, value LIMIT {config.max_size}"
+        f"SELECT value, count(*) AS count FROM (SELECT {value} AS value FROM log WHERE {training_sql}) "
+        f"WHERE value IS NOT NULL GROUP BY value HAVING count(*) >= {config.min_count} "
+        f"ORDER BY count DESC, value LIMIT {config.max_size}"
     ).to_arrow_table()
     values = table["value"].combine_chunks()
     return Vocabulary(name, values, table["count"].to_numpy())
 
 
-def _fit_knots(con: duckdb.DuckDBPyConnection, name: str, num_events: int, training_sql: str) -> np.ndarray:
+def _fit_knots(
+    con: duckdb.DuckDBPyConnection, names: list[str], num_events: int, training_sql: str
+) -> dict[str, np.ndarray]:
     """Knots from at most about `SAMPLE_ROWS` rows, chosen by a fixed scrambling of the row number."""
+    if not names:
+        return {}
     share = min(1.0, SAMPLE_ROWS / max(num_events, 1))
-    sample = f" AND (row * 2654435761) % 4294967296 < {int(share * 4294967296)}"
-    column = con.sql(f"SELECT CAST({quote(name)} AS DOUBLE) AS value FROM log WHERE ({training_sql}){sample}").to_arrow_table()
-    return quantile_knots(column["value"].to_numpy())
+    sample = f"(row * 2654435761) % 4294967296 < {int(share * 4294967296)}"
+    listed = ", ".join(f"CAST({quote(name)} AS DOUBLE) AS {quote(name)}" for name in names)
+    columns = con.sql(f"SELECT {listed} FROM log WHERE ({training_sql}) AND {sample}").to_arrow_table()
+    return {name: quantile_knots(columns[name].to_numpy()) for name in names}
 
 
 def quantile_knots(values: np.ndarray, size: int = NUM_KNOTS) -> np.ndarray:
-    """Values (NaN: missing) -> at most `size` strictly ascending float64 knots at their quantiles; empty without values."""
+    """Values (NaN: missing) -> at most `size` strictly ascending float64 knots at quantiles; empty without values."""
     present = values[~np.isnan(values)]
     if len(present) == 0:
         return np.zeros(0)
@@ -167,7 +167,7 @@ def quantile_knots(values: np.ndarray, size: int = NUM_KNOTS) -> np.ndarray:
 
 
 def normalise(values: np.ndarray, knots: np.ndarray) -> np.ndarray:
-    """Values -> float32 in [0, 1]: piecewise linear between the knots, clipped outside; NaN stays, as all do without knots."""
+    """Values -> float32 in [0, 1]: piecewise linear between the knots, clipped outside; NaN stays."""
     if len(knots) == 0:
         return np.full(len(values), np.nan, np.float32)
     return np.interp(values, knots, np.linspace(0, 1, len(knots))).astype(np.float32)
@@ -181,11 +181,11 @@ def load(folder: Path, fields: Mapping[str, FieldConfig]) -> Vocabularies:
     categories, knots = {}, {}
     for name, config in fields.items():
         if config.kind == "number":
-            knots[name] = _read(folder / f"{name}.parquet")["knot"].to_numpy()
+            knots[name] = read_table(folder / f"{name}.parquet", REMEDY)["knot"].to_numpy()
         elif config.hash_size is not None:
             categories[name] = Vocabulary(name, hash_size=config.hash_size)
         else:
-            table = _read(folder / f"{name}.parquet")
+            table = read_table(folder / f"{name}.parquet", REMEDY)
             categories[name] = Vocabulary(name, table["value"].combine_chunks(), table["count"].to_numpy())
     return Vocabularies(categories, knots)
 
@@ -198,12 +198,8 @@ def save_feature_knots(folder: Path, knots: Mapping[str, np.ndarray]) -> None:
 
 def load_feature_knots(folder: Path) -> dict[str, np.ndarray]:
     """Read what `save_feature_knots` wrote."""
-    table = _read(folder / FEATURES)
-    return {name: np.asarray(knots) for name, knots in zip(table["feature"].to_pylist(), table["knots"].to_pylist(), strict=True)}
-
-
-def _read(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: cannot be read as a vocabulary ({error}); prepare the store or export the model again.") from None
+    table = read_table(folder / FEATURES, REMEDY)
+    return {
+        name: np.asarray(knots)
+        for name, knots in zip(table["feature"].to_pylist(), table["knots"].to_pylist(), strict=True)
+    }

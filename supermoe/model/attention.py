@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supermoe import ops
@@ -88,11 +89,16 @@ class Attention(nn.Module):
     def history(self, x_ND: Tensor, layout: EventLayout, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
         """Outputs y_ND of new events, and the keys and values of past and new events together, read by read."""
         q_NHA, k_NHA, v_NHA = self._project(x_ND, layout.turn)
-        if past is not None:
-            k_NHA = torch.cat([past.k_NHA, k_NHA])[layout.merge]
-            v_NHA = torch.cat([past.v_NHA, v_NHA])[layout.merge]
-        o_NHA = ops.history_attention(q_NHA, k_NHA, v_NHA, layout.offsets_S, layout.known_offsets_S, layout.packing)
-        return self.out(o_NHA.flatten(1)), KeyValues(k_NHA, v_NHA)
+        known = _join(past, k_NHA, v_NHA, layout)
+        offsets = layout.offsets_S, layout.known_offsets_S
+        o_NHA = ops.history_attention(q_NHA, known.k_NHA, known.v_NHA, *offsets, packing=layout.packing)
+        return self.out(o_NHA.flatten(1)), known
+
+    def remember(self, x_ND: Tensor, layout: EventLayout, past: KeyValues | None) -> KeyValues:
+        """The keys and values that `history` gives, without its outputs."""
+        kv_ND = F.linear(x_ND, self.qkv.weight[self.qkv.in_features :])
+        k_N1HA, v_N1HA = kv_ND.view(len(x_ND), 2, self.heads, self.head_dim).split(1, dim=1)
+        return _join(past, rotate(k_N1HA, layout.turn).squeeze(1), v_N1HA.squeeze(1), layout)
 
     def indicators(self, x_MD: Tensor, layout: IndicatorLayout, known: KeyValues) -> Tensor:
         """Each indicator attends to the events it may see and to itself -> y_MD."""
@@ -105,5 +111,13 @@ class Attention(nn.Module):
     def _project(self, x_ND: Tensor, turn_NA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys and values."""
         qkv_N3HA = self.qkv(x_ND).view(len(x_ND), 3, self.heads, self.head_dim)
-        q_NHA, k_NHA = rotate(qkv_N3HA[:, :2], turn_NA).unbind(1)
-        return q_NHA, k_NHA, qkv_N3HA[:, 2]
+        qk_N2HA, v_N1HA = qkv_N3HA.split([2, 1], dim=1)  # one gradient tensor; slices would fill and add one each
+        q_NHA, k_NHA = rotate(qk_N2HA, turn_NA).unbind(1)
+        return q_NHA, k_NHA, v_N1HA.squeeze(1)
+
+
+def _join(past: KeyValues | None, k_NHA: Tensor, v_NHA: Tensor, layout: EventLayout) -> KeyValues:
+    """Keys and values of the past and of new events, read by read."""
+    if past is None:
+        return KeyValues(k_NHA, v_NHA)
+    return KeyValues(torch.cat([past.k_NHA, k_NHA])[layout.merge], torch.cat([past.v_NHA, v_NHA])[layout.merge])

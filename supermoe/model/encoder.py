@@ -37,7 +37,7 @@ class History:
     J events are known in all; `event_ND` and `routings` are of the N events read last.
     """
 
-    event_ND: Tensor
+    event_ND: Tensor | None  # None: not wanted
     time_J: Tensor
     offsets_S: Tensor  # [S + 1], of the J events
     layers: list[KeyValues]
@@ -65,6 +65,10 @@ class Block(nn.Module):
         """New events behind their past; see `Attention.history`."""
         y_ND, known = self.attention.history(self.attention_norm(x_ND), layout, past)
         return *self._feed(x_ND, y_ND), known
+
+    def remember(self, x_ND: Tensor, layout: EventLayout, past: KeyValues | None) -> KeyValues:
+        """What `history` remembers, without its outputs."""
+        return self.attention.remember(self.attention_norm(x_ND), layout, past)
 
     def indicators(self, x_MD: Tensor, layout: IndicatorLayout, known: KeyValues) -> tuple[Tensor, ops.Routing | None]:
         """Indicators; see `Attention.indicators`."""
@@ -96,8 +100,13 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.LayerNorm(config.dim, bias=False)
 
-    def extend(self, x_ND: Tensor, time_N: Tensor, offsets_S: Tensor, past: History | None = None) -> History:
-        """Encode new events x_ND behind the `past` of the same S reads, without encoding that again."""
+    def extend(
+        self, x_ND: Tensor, time_N: Tensor, offsets_S: Tensor, past: History | None = None, outputs: bool = True
+    ) -> History:
+        """Encode new events x_ND behind the `past` of the same S reads, without encoding that again.
+
+        Without `outputs` the last block only remembers the events, which is all that indicators read of it.
+        """
         read_N = read_of_events(offsets_S, len(x_ND))
         index_N = index_in_read(offsets_S, read_N)
         known_offsets_S, merge, time_J = offsets_S, None, time_N
@@ -110,11 +119,15 @@ class Encoder(nn.Module):
         layers: list[KeyValues] = []
         routings: list[LayerRouting] = []
         for i, block in enumerate(self.blocks):
-            x_ND, routing, known = block.history(x_ND, layout, past.layers[i] if past else None)
+            past_layer = past.layers[i] if past else None
+            if i == len(self.blocks) - 1 and not outputs:
+                layers.append(block.remember(x_ND, layout, past_layer))
+                break
+            x_ND, routing, known = block.history(x_ND, layout, past_layer)
             layers.append(known)
             if routing is not None:
                 routings.append(LayerRouting(i, "history", routing))
-        return History(self.norm(x_ND), time_J, known_offsets_S, layers, routings)
+        return History(self.norm(x_ND) if outputs else None, time_J, known_offsets_S, layers, routings)
 
     def ask(
         self, history: History, x_MD: Tensor, read_M: Tensor, visible_M: Tensor, cut_M: Tensor

@@ -140,7 +140,8 @@ def _causal_attention(q_NHA: Tensor, k_NHA: Tensor, v_NHA: Tensor, packing: Pack
     for x_NHA in (q_NHA, k_NHA, v_NHA):
         leading, rest = x_NHA.split([num_leading, len(x_NHA) - num_leading])
         operands.append([_heads_first(leading, in_place), *_spread(rest, packing.slots, others)])
-    first, *padded = [F.scaled_dot_product_attention(*group, is_causal=True) for group in zip(*operands, strict=True)]
+    groups = zip(*operands, strict=True)
+    first, *padded = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in groups]
     first_NHA = first.transpose(1, 2).flatten(0, 1)
     return torch.cat([first_NHA, _collect(padded, packing.slots)]) if padded else first_NHA
 

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from supermoe import __version__
 from supermoe.config import RunConfig
+from supermoe.data.disk import publishing, read_json
 from supermoe.data.schema import Schema
 from supermoe.model.heads import HeadSpec
 from supermoe.model.supermoe import SuperMoE
+from supermoe.model.weights import read_weights, save_weights
 from supermoe.serving import parity
 from supermoe.serving.card import CardFacts, render
-from supermoe.serving.manifest import MANIFEST, publishing, read_json, sha256, write_json
+from supermoe.serving.manifest import MANIFEST, sha256, write_json
 from supermoe.typed_yaml import UserError, dump, read_yaml, validate
 
 FORMAT, FORMAT_VERSION = "supermoe-model", 1
@@ -72,7 +72,7 @@ class Artifact:
 
     def parity(self) -> float:
         """Largest deviation of the probe embeddings from those saved with the model, as a share of their norm."""
-        expected = read_json(self.folder / PARITY, AGAIN)
+        expected = read_json(self.folder / PARITY, AGAIN, "embeddings")
         found_BD = parity.probe_embeddings(self.model, self.schema, self.config.model.max_events)
         return parity.deviation(found_BD, torch.tensor(expected["embeddings"]))
 
@@ -80,27 +80,27 @@ class Artifact:
     def load(cls, folder: Path | str) -> Artifact:
         """Read and check a model folder.
 
-        Raises `UserError` naming the file and the remedy for a missing or truncated file, another format version,
-        weights that do not fit the config, and content that was changed after the model was saved.
+        Raises `UserError` naming the file and the remedy for a missing or truncated file, content that was changed
+        after the model was saved, and a folder that another version wrote.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder} is not a model folder: it does not exist; give the `model` folder of a run")
-        manifest = read_json(
-            folder / MANIFEST, f"a model folder holds {MANIFEST}, {WEIGHTS}, {CONFIG} and more: {AGAIN}"
-        )
-        _check_version(manifest, folder / MANIFEST)
-        config = _read_config(folder, ServedConfig)
-        schema = validate(Schema, read_json(folder / SCHEMA, AGAIN), str(folder / SCHEMA))
-        heads = {name: HeadSpec(**spec) for name, spec in manifest["heads"].items()}
-        model = SuperMoE(schema, config.model, heads)
-        _load_weights(model, folder / WEIGHTS)
+        about = folder / MANIFEST
+        _check_version(read_json(about, f"a model folder holds {MANIFEST}, {WEIGHTS} and more: {AGAIN}"), about)
+        manifest = read_json(about, AGAIN, "heads", "states", "model_id")
+        config, schema = _read_config(folder, ServedConfig), read_json(folder / SCHEMA, AGAIN)
+        heads = {name: HeadSpec(**spec | {"ids": tuple(spec["ids"])}) for name, spec in manifest["heads"].items()}
+        weights = read_weights(folder / WEIGHTS, AGAIN)
         found = model_id(folder, config, heads, manifest["states"])
         if found != manifest["model_id"]:
             raise UserError(
                 f"{folder}: the content has the id {found}, {MANIFEST} says {manifest['model_id']}: a file was "
                 f"changed; {AGAIN}"
             )
+        schema = validate(Schema, schema, str(folder / SCHEMA))
+        model = SuperMoE(schema, config.model, heads)
+        _load_weights(model, weights, folder / WEIGHTS)
         return cls(folder, found, config, schema, heads, manifest["states"], model.eval().requires_grad_(False))
 
 
@@ -122,7 +122,7 @@ def save(
     """
     with publishing(folder) as beside:
         beside.mkdir()
-        _save_weights(model, beside / WEIGHTS)
+        save_weights(model, beside / WEIGHTS)
         (beside / CONFIG).write_text(dump(config), encoding="utf-8")
         (beside / SCHEMA).write_text(schema.model_dump_json(indent=2) + "\n", encoding="utf-8")
         shutil.copytree(vocab, beside / VOCAB)
@@ -155,9 +155,13 @@ def model_id(folder: Path, config: RunConfig, heads: dict[str, HeadSpec], states
 
 def _read_config(folder: Path, model: type[RunConfig]) -> Any:
     path = folder / CONFIG
-    if not path.is_file():
-        raise UserError(f"cannot read {path}: it is missing; {AGAIN}")
-    return validate(model, read_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"cannot read {path}: it is missing; {AGAIN}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; {AGAIN}") from None
+    return validate(model, read_yaml(text, str(path)), str(path))
 
 
 def _check_version(manifest: Any, path: Path) -> None:
@@ -170,27 +174,13 @@ def _check_version(manifest: Any, path: Path) -> None:
         )
 
 
-def _save_weights(model: SuperMoE, path: Path) -> None:
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        save_file(weights, path)
-    except SafetensorError as error:  # the library wraps the operating system's errors
-        raise OSError(str(error)) from error
-
-
-def _load_weights(model: SuperMoE, path: Path) -> None:
-    weights: dict[str, Tensor]
-    try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"cannot read {path}: it is missing; {AGAIN}") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}); {AGAIN}") from None
+def _load_weights(model: SuperMoE, weights: dict[str, Tensor], path: Path) -> None:
     expected = model.state_dict()
     for name in sorted({*expected, *weights}):
         wanted, given = (list(side[name].shape) if name in side else "nothing" for side in (expected, weights))
         if wanted != given:
             raise UserError(
-                f"{path} does not fit {path.with_name(CONFIG)}: '{name}' is {given}, the config needs {wanted}; {AGAIN}"
+                f"{path} was written by another version of supermoe: '{name}' is {given}, this one ({__version__}) "
+                f"needs {wanted}; install the version that {MANIFEST} names, or train the model again"
             )
     model.load_state_dict(weights)

@@ -13,6 +13,7 @@ from typing import Any
 import duckdb
 
 from supermoe.config import Eligible
+from supermoe.data.disk import writing
 from supermoe.data.prepare import prepare_serving
 from supermoe.data.sources import Files, UserFiles
 from supermoe.data.store import Store
@@ -122,7 +123,8 @@ def serving_store(
     """
     source = request.source if request.shards == 1 else ShardOfUsers(request.source, request.shard, request.shards)
     if scratch is not None:
-        scratch.mkdir(parents=True, exist_ok=True)
+        with writing(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".serving-", dir=scratch) as folder:
         yield prepare_serving(
             source,

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from supermoe.config import RunConfig
+from supermoe.data.disk import read_table
 from supermoe.data.schema import FIRST_ID
 from supermoe.data.store import Store
 from supermoe.objectives.tasks import Task
-from supermoe.serving.artifact import VOCAB, Artifact
+from supermoe.serving.artifact import AGAIN, Artifact
 from supermoe.serving.inference import instants, outputs, user_ids
 from supermoe.serving.population import Request, serving_store
 from supermoe.serving.publication import Publication, schema_of
@@ -103,7 +103,7 @@ def field_values(artifact: Artifact, field: str) -> pa.Array:
     hash_size = artifact.schema.fields[field].hash_size
     if hash_size is not None:
         return pa.array(np.arange(hash_size))
-    return pq.read_table(artifact.folder / VOCAB / f"{field}.parquet", columns=["value"])["value"].combine_chunks()
+    return read_table(artifact.vocab / f"{field}.parquet", AGAIN, ["value"])["value"].combine_chunks()
 
 
 def class_names(artifact: Artifact, task: Task) -> list[Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from supermoe.serving.manifest import MANIFEST, publishing, read_json, sha256, write_json
+from supermoe.data.disk import publishing, read_json
+from supermoe.serving.manifest import MANIFEST, sha256, write_json
 from supermoe.typed_yaml import UserError
 
 RECORDS = ".shards"
@@ -28,7 +29,7 @@ class Publication:
         self.parts: list[dict[str, Any]] = []
         self.replaced: set[str] = set()
         for path in sorted((folder / RECORDS).glob("*.json")):
-            self._refuse_other(read_json(path, REMEDY)["identity"])
+            self._refuse_other(read_json(path, REMEDY, "identity", "parts")["identity"])
         if self.record.is_file():  # until this run has ended the folder must not look complete
             self.replaced = {part["file"] for part in read_json(self.record, REMEDY)["parts"]}
             self.record.unlink()

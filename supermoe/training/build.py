@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from supermoe.config import RunConfig
 from supermoe.data.batches import Batches, label_rows
+from supermoe.data.disk import read_table
 from supermoe.data.schema import FIRST_ID
-from supermoe.data.store import Store
+from supermoe.data.store import REMEDY, Store
 from supermoe.model.heads import HeadSpec
 from supermoe.model.supermoe import SuperMoE
 from supermoe.objectives.objective import Objective
@@ -141,7 +141,7 @@ def field_counts(store: Store) -> dict[str, Tensor]:
     counts = {}
     for name, field in store.schema.fields.items():
         if field.kind != "number" and field.hash_size is None:
-            table = pq.read_table(store.vocab / f"{name}.parquet", columns=["count"])
+            table = read_table(store.vocab / f"{name}.parquet", REMEDY, ["count"])
             counts[name] = torch.tensor([0] * FIRST_ID + table["count"].to_pylist(), dtype=torch.float64)
     return counts
 
@@ -151,7 +151,7 @@ def id_values(store: Store, field: str) -> pa.Array:
     schema = store.schema.fields[field]
     if schema.hash_size is not None:
         return pa.array(range(schema.size))
-    values = pq.read_table(store.vocab / f"{field}.parquet", columns=["value"])["value"].combine_chunks()
+    values = read_table(store.vocab / f"{field}.parquet", REMEDY, ["value"])["value"].combine_chunks()
     return pa.concat_arrays([pa.nulls(FIRST_ID, values.type), values])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from supermoe import __version__
+from supermoe.data.disk import publish_text
 
 PACKAGES = ("torch", "numpy", "pandas", "pyarrow", "duckdb", "pydantic", "scikit-learn", "triton")
 
@@ -29,7 +30,7 @@ def write_environment(folder: Path) -> None:
         "gpus": gpus,
         "command": sys.argv[1:],
     }
-    (folder / "env.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    publish_text(folder / "env.json", json.dumps(found, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -68,7 +68,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     else:
         groups.append({"params": tables, "weight_decay": 0.0, "lr": table_lr})
     groups = [group for group in groups if group["params"]]
-    optimizers.insert(0, torch.optim.AdamW(groups, lr=config.lr, betas=config.betas))
+    optimizers.insert(0, torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]

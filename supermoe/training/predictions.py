@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from supermoe.data.batch import SetLabels
+from supermoe.data.disk import publishing
 from supermoe.data.schema import FIRST_ID
 from supermoe.data.store import Store
 from supermoe.objectives.task import Labels, Scores, Task, asked, take_labels
@@ -29,11 +29,9 @@ def write_predictions(folder: Path, store: Store, tasks: dict[str, Task], evalua
     instead.
     """
     out = folder / evaluation.split
-    out.mkdir(parents=True, exist_ok=True)
     for name, task in tasks.items():
-        beside = out / f".{name}.parquet.writing"
-        pq.write_table(prediction_table(store, task, evaluation), beside)
-        os.replace(beside, out / f"{name}.parquet")
+        with publishing(out / f"{name}.parquet") as beside:
+            pq.write_table(prediction_table(store, task, evaluation), beside)
     return out
 
 

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from supermoe.data.disk import publish_text
 from supermoe.objectives.task import Task, asked
 from supermoe.training.evaluation import Evaluation
 from supermoe.training.metrics import finite, read_metrics
@@ -47,11 +48,9 @@ def write_report(
         "router": evaluation.router,
         **facts,
     }
-    (run / "report.json").write_text(json.dumps(finite(report), indent=2) + "\n", encoding="utf-8")
-    images = _draw(run, tasks, evaluation) if plots else []
-    (run / "report.md").write_text(
-        _markdown(rows, evaluation, facts, [image.relative_to(run) for image in images]), encoding="utf-8"
-    )
+    publish_text(run / "report.json", json.dumps(finite(report), indent=2) + "\n")
+    images = [image.relative_to(run) for image in _draw(run, tasks, evaluation)] if plots else []
+    publish_text(run / "report.md", _markdown(rows, evaluation, facts, images))
     return text_table(rows)
 
 

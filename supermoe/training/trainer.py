@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
@@ -22,6 +21,8 @@ from tqdm import tqdm
 from supermoe.config import TrainingConfig
 from supermoe.data.batch import Batch
 from supermoe.data.batches import Batches
+from supermoe.data.disk import publishing
+from supermoe.model.weights import read_weights, save_weights
 from supermoe.objectives.objective import NonFiniteLoss, Objective
 from supermoe.training.checkpoint import Checkpoints
 from supermoe.training.evaluation import Evaluation, evaluate
@@ -139,10 +140,10 @@ class Trainer:
         return self.model if self.average is None else self.average.module
 
     def load_best(self) -> Any:
-        """The model with the weights of the best evaluation, in evaluation mode."""
-        path = self.folder / "checkpoints" / BEST
-        if path.exists():
-            self.evaluated_model().load_state_dict(load_file(path, device=str(self.device)))
+        """The model with the weights of the best evaluation, in evaluation mode; `UserError` if they are gone or damaged."""
+        folder = self.folder / "checkpoints"
+        remedy = f"delete {folder} and run supermoe.train again, which trains from the beginning"
+        self.evaluated_model().load_state_dict(read_weights(folder / BEST, remedy))
         return self.evaluated_model().eval()
 
     def _steps(self) -> Iterator[list[Batch]]:
@@ -271,11 +272,8 @@ class Trainer:
         self.checkpoints.save(self.step, self._tensors(), state)
 
     def _save_best(self) -> None:
-        folder = self.folder / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f".{BEST}"
-        save_file({name: value.contiguous() for name, value in self.evaluated_model().state_dict().items()}, beside)
-        beside.replace(folder / BEST)
+        with publishing(self.folder / "checkpoints" / BEST) as beside:
+            save_weights(self.evaluated_model(), beside)
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         """Finish the step, save, and go."""
