@@ -90,11 +90,21 @@ def test_events_never_change_with_later_events_or_with_examples() -> None:
 def test_a_task_does_not_change_when_another_is_added(readout: str) -> None:
     batch = make_batch()
     full = make_model(readout=readout)
-    few = make_model({"next_type": HEADS["next_type"]}, readout=readout)
+    few = make_model({name: HEADS[name] for name in ("next_type", "pretrain")}, readout=readout)
     few.load_state_dict({name: full.state_dict()[name] for name in few.state_dict()})
     ours, theirs = few(batch), full(batch)
     assert_same(ours, theirs)
     torch.testing.assert_close(logits(few, ours, batch)["next_type"], logits(full, theirs, batch)["next_type"], **EXACT)
+
+
+def test_outputs_of_events_are_made_only_for_heads_that_read_them() -> None:
+    batch, full = make_batch(), make_model()
+    few = make_model({"next_type": HEADS["next_type"]})
+    few.load_state_dict({name: full.state_dict()[name] for name in few.state_dict()})
+    ours, theirs = few(batch), full(batch)
+    assert ours.event_ND is None
+    torch.testing.assert_close(ours.task_BX["next_type"], theirs.task_BX["next_type"], **EXACT)
+    torch.testing.assert_close(full.embed(batch), theirs.user_BD, **EXACT)
 
 
 @pytest.mark.parametrize("known", [[0, 0, 0, 0, 0], [3, 4, 1, 0, 0], [7, 0, 2, 1, 0]])
@@ -165,7 +175,8 @@ def test_every_weight_gets_a_gradient(options: dict[str, Any]) -> None:
 
 
 def test_gradients() -> None:
-    model = make_model({"churn": HEADS["churn"], "next_type": HEADS["next_type"]}, dim=8, layers=2, number_bins=2)
+    heads = {name: HEADS[name] for name in ("churn", "next_type", "pretrain")}
+    model = make_model(heads, dim=8, layers=2, number_bins=2)
     batch = make_batch([3, 2], [(0, 3), (0, 1), (1, 2)])
     fields = {**batch.fields, "type": batch.fields["type"].clamp(min=1), "store": batch.fields["store"].clamp(min=1)}
     known = dataclasses.replace(batch, fields=fields)  # the padding row has a value but no gradient

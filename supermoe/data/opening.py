@@ -104,7 +104,9 @@ def _parquet_names(con: duckdb.DuckDBPyConnection, name: str, key: str) -> list[
     try:
         rows = con.execute(f"SELECT name, num_children FROM parquet_schema({text(name)})").fetchall()
     except duckdb.Error as error:
-        raise UserError(f"{key}: {name} is not a readable Parquet file: {complaint(error)}") from None
+        raise UserError(
+            f"{key}: {name} is not a readable Parquet file: {complaint(error)}; write it again or leave it out."
+        ) from None
     names, rest = [], iter(rows[1:])
     for column, num_children in rest:
         names.append(column)

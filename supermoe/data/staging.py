@@ -97,7 +97,9 @@ def stage_serving(
     types = _types(con, source.events)
     for name, field in fields.items():
         if name not in types:
-            raise UserError(f"the events have no column '{name}', which the model reads; {nearest(name, types.keys() - set(OWN_COLUMNS))}")
+            raise UserError(
+                f"the events have no column '{name}', which the model reads; {nearest(name, types.keys() - set(OWN_COLUMNS))}"
+            )
         check_kind(name, types[name], field.kind)
     past = f"SELECT * FROM {quote(source.events)} WHERE time < make_timestamp({as_of * 1_000_000}::BIGINT)"
     con.execute(f"CREATE OR REPLACE TEMP VIEW past_events AS {past}")

@@ -75,7 +75,8 @@ class Store:
             if actual != size:
                 state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
                 raise UserError(f"{path / name} {state}: the store is damaged; {REMEDY}.")
-        schema = validate(Schema, read_json(path / "schema.json", REMEDY), str(path / "schema.json"))
+        described = read_json(path / "schema.json", REMEDY)
+        schema = validate(Schema, described, f"{path / 'schema.json'} is damaged, {REMEDY}")
         return cls(path, schema, marks["fingerprint"], read_json(path / "summary.json", REMEDY))
 
     def array(self, name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from supermoe.model.named import ByName
 from supermoe.model.packed import read_of_events
 
 DIRECT_DIRECTIONS = 16  # of a bag, given to the heads of static attributes as they are
+MIN_SPREAD = 0.3  # of a feature's deviates: rare values of an almost constant feature must not become huge
 TAIL = 1e-3  # shares nearer to 0 and 1 than this are moved here before they are turned into normal deviates
 
 
@@ -84,6 +85,9 @@ class ResidualBlock(nn.Module):
 class FeatureEncoder(nn.Module):
     """Encoded aggregates and bags, laid side by side, through a residual network -> f_BD."""
 
+    center_I: Tensor
+    scale_I: Tensor
+
     def __init__(self, schema: Schema, config: ModelConfig):
         super().__init__()
         self.dim, self.bag_dim, self.bins = config.dim, config.bag_dim, config.number_bins
@@ -92,6 +96,9 @@ class FeatureEncoder(nn.Module):
         self.bags = ByName({name: Bag(bag.size, config.bag_dim) for name, bag in inputs.items()})
         longest = {bag.field: name for name, bag in sorted(inputs.items(), key=lambda item: item[1].window)}
         self.lifetime = [list(inputs).index(name) for name in longest.values()]
+        num_encoded = len(schema.features) * (self.bins + 2)
+        self.register_buffer("center_I", torch.zeros(num_encoded))
+        self.register_buffer("scale_I", torch.ones(num_encoded))
         num_inputs = len(schema.features) * (self.bins + 2) + len(inputs) * self.bag_dim
         self.network = self._network(num_inputs, 4 * config.dim, config.feature_layers) if num_inputs else None
 
@@ -108,8 +115,21 @@ class FeatureEncoder(nn.Module):
             return nothing, nothing[:, :0]
         bags = [bag(batch.bags[name]) for name, bag in self.bags.items()]
         numbers = encode_numbers(batch.features_BP.to(next(self.network.parameters()).dtype), self.bins)
+        numbers = (numbers - self.center_I) * self.scale_I
         f_BD = self.network(ops.dropout(torch.cat([numbers, *bags], dim=1), self.dropout, self.training))
         return f_BD, torch.cat([numbers[:, :0], *(bags[i][:, :DIRECT_DIRECTIONS] for i in self.lifetime)], dim=1)
+
+    @torch.no_grad()
+    def init_numbers(self, features_BP: Tensor, keep_P: Tensor) -> None:
+        """Standardise the encoded numbers by the examples given, and silence the features that are not kept."""
+        if not features_BP.shape[1]:
+            return
+        encoded_BI = encode_numbers(features_BP.float(), self.bins)
+        self.center_I.copy_(encoded_BI.mean(0))
+        spread_PI = encoded_BI.std(0).view(-1, self.bins + 2)
+        scale_PI = torch.ones_like(spread_PI)
+        scale_PI[:, 0] = 1 / spread_PI[:, 0].clamp(min=MIN_SPREAD)
+        self.scale_I.copy_((scale_PI * keep_P[:, None]).flatten())
 
     @torch.no_grad()
     def init_bag(self, name: str, matrix_VD: Tensor, idf_V: Tensor) -> None:

@@ -141,7 +141,7 @@ class NextItem(_Ranking):
     def loss(self, head: Any, output: Any, batch: Batch) -> tuple[Tensor, int]:
         next_N = next_ids(batch, self.field)
         position = torch.nonzero(next_N >= FIRST_ID)[:, 0]
-        loss = self.softmax.losses(head, output.event_ND[position], next_N[position])
+        loss = self.softmax.losses(head, output.event_ND.index_select(0, position), next_N[position])
         return loss.float().sum(), len(position)
 
     def scores(self, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:

@@ -21,6 +21,11 @@ FLOATS = {"float32": pa.float32(), "float16": pa.float16()}
 
 
 def outputs(artifact: Artifact, store: Store) -> Iterator[tuple[Batch, Output]]:
+    """Every example of the split `serve` with all that the model says about it."""
+    return ((batch, artifact.model(batch)) for batch in serving_batches(artifact, store))
+
+
+def serving_batches(artifact: Artifact, store: Store) -> Iterator[Batch]:
     """Every example of the split `serve`, in batches of similar length."""
     config = artifact.config
     batches = Batches(
@@ -32,15 +37,15 @@ def outputs(artifact: Artifact, store: Store) -> Iterator[tuple[Batch, Output]]:
     )
     with tqdm(total=batches.num_examples, unit=" users", desc="encode", delay=2, leave=False) as bar:
         for batch in batches.epoch(0):
-            yield batch, artifact.model(batch)
+            yield batch
             bar.update(batch.num_examples)
 
 
 def embeddings(artifact: Artifact, store: Store) -> np.ndarray:
     """The `user` vectors of a serving store in the order of its examples, that is, by user id -> float32 [n, D]."""
     found = np.zeros((len(store.examples.cut), artifact.config.model.dim), np.float32)
-    for batch, output in outputs(artifact, store):
-        found[batch.example_B.numpy()] = output.user_BD.float().numpy()
+    for batch in serving_batches(artifact, store):
+        found[batch.example_B.numpy()] = artifact.model.embed(batch).float().numpy()
     return found
 
 

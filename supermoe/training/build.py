@@ -23,7 +23,7 @@ from supermoe.objectives.task import Task, asked
 from supermoe.training.evaluation import Evaluation, evaluate
 from supermoe.training.router_health import EVENT
 from supermoe.training.trainer import Trainer
-from supermoe.training.warm_start import init_bags
+from supermoe.training.warm_start import warm_start
 from supermoe.typed_yaml import build
 
 
@@ -82,7 +82,9 @@ def build_run(config: RunConfig, store: Store) -> Run:
         heads |= objective.head_specs()
         objective.fit_prior(field_counts(store))
     model = SuperMoE(store.schema, config.model, heads)
-    init_bags(model, store, config.seed)
+    drifting = warm_start(model, store, config.seed)
+    if drifting:
+        print(f"{len(drifting)} of {len(store.schema.features)} features are not used, as they drift: {', '.join(drifting[:5])} ...")
     for name, task in tasks.items():
         task.init_head(model.heads[name])
     for objective in pretraining.values():

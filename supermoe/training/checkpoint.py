@@ -77,8 +77,8 @@ class Checkpoints:
         except (OSError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise UserError(
-                f"cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}. Free space or "
-                f"choose another `run` folder; earlier checkpoints are untouched, the same command continues from them"
+                f"cannot write the checkpoint {path}: {_reason(error)}; free space or choose another `run` folder; "
+                f"earlier checkpoints are untouched, the same command continues from them"
             ) from error
         for old in self._steps()[: -self.keep]:
             shutil.rmtree(old)
@@ -108,9 +108,8 @@ class Checkpoints:
             with _one_process():
                 dcp.load(tensors, checkpoint_id=str(path), no_dist=True)
         except (OSError, RuntimeError, ValueError, CheckpointException) as error:
-            reason = str(error).rstrip().splitlines()[-1]  # the lines before are a traceback
             raise UserError(
-                f"cannot load the checkpoint {path}: {reason}; delete it to continue from the one before"
+                f"cannot load the checkpoint {path}: {_reason(error)}; delete it to continue from the one before"
             ) from error
 
     def _steps(self) -> list[Path]:
@@ -139,6 +138,11 @@ def changes(saved: Any, current: Any, key: str = "") -> list[str]:
         names = [*saved, *(name for name in current if name not in saved)]
         return [line for name in names for line in changes(saved.get(name), current.get(name), f"{prefix}{name}")]
     return [f"{key} was {saved!r:.60} and is now {current!r:.60}"]
+
+
+def _reason(error: Exception) -> str:
+    """What an error says; torch puts a traceback before it."""
+    return getattr(error, "strerror", None) or str(error).rstrip().splitlines()[-1]
 
 
 @contextlib.contextmanager
