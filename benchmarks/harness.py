@@ -1,9 +1,10 @@
 """Contenders measured side by side: each in a process of its own, one round at a time, in rotating order.
 
-A contender is a script that calls `serve` (or `receive`). The harness writes the name of a measure to its stdin; it does one
-round and answers with a JSON line: how many units it did, in how much CPU and wall time, and its peak memory so far. Rounds
-of different contenders are interleaved, so that what else happens on the machine touches all of them alike; trust ratios.
-This file needs the standard library only, because contenders may live in environments of their own.
+A contender is a script that calls `serve` (or `receive`). The harness writes the name of a measure to its stdin; it
+does one round and answers with a JSON line: how many units it did, in how much CPU and wall time, and its peak memory
+so far. Rounds of different contenders are interleaved, so that what else happens on the machine touches all of them
+alike; trust ratios. This file needs the standard library only, because contenders may live in environments of their
+own.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Contender:
     def __init__(self, command: list[str], threads: int):
         paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        self._errors: IO[str] = tempfile.TemporaryFile("w+")
+        self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process runs
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
         )
@@ -113,8 +114,8 @@ class Contender:
 def compare(commands: dict[str, list[str]], measures: list[str], rounds: int, threads: int = 1) -> list[dict[str, Any]]:
     """Interleaved rounds -> one row per contender and measure, rates in units per CPU second.
 
-    The first contender is what the others' `ratio` is of: the median over rounds of its rate divided by theirs in the same
-    round. A contender that fails, or whose command is empty, gets a row with the reason.
+    The first contender is what the others' `ratio` is of: the median over rounds of its rate divided by theirs in the
+    same round. A contender that fails, or whose command is empty, gets a row with the reason.
     """
     running: dict[str, Contender] = {}
     skipped: dict[str, str] = {}

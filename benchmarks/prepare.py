@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,28 +109,22 @@ def batches(folder: Path, memory: str, threads: int) -> int:
 def child(args: argparse.Namespace) -> None:
     """Be the process of one step."""
     folder, settings = args.scratch, (args.memory, args.threads)
-    harness.serve(
-        {
-            "generate": lambda: generate(args.events, folder),
-            "sort": lambda: sort(args.events, folder, *settings),
-            "prepare": lambda: prepare(args.events, folder, *settings),
-            "batches": lambda: batches(folder, *settings),
-        }
-    )
+    steps: dict[str, Callable[[], float]] = {
+        "generate": lambda: generate(args.events, folder),
+        "sort": lambda: sort(args.events, folder, *settings),
+        "prepare": lambda: prepare(args.events, folder, *settings),
+        "batches": lambda: batches(folder, *settings),
+    }
+    current = harness.Round(args.child)
+    current.done(steps[args.child]())
 
 
 def step(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Run one step in a process of its own."""
-    print(f"{name} ...", file=sys.stderr)
-    arguments = [
-        f"--events={args.events}",
-        f"--memory={args.memory}",
-        f"--threads={args.threads}",
-        f"--scratch={args.scratch}",
-    ]
-    process = harness.Contender([sys.executable, __file__, "--child", *arguments], args.threads)
-    found = process.run(name)
-    process.close()
+    """Run one step in a process of its own: its time includes the start of our part, not that of Python."""
+    options = [f"--{key}={getattr(args, key)}" for key in ("events", "memory", "threads", "scratch")]
+    command = [sys.executable, __file__, f"--child={name}", *options]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(output.partition(harness.MARK)[2])
     print(f"{name}: {found['wall_s']:.1f} s, {found['peak_rss_mb']:.0f} MB", file=sys.stderr)
     return found
 
@@ -150,7 +147,7 @@ def main() -> None:
     parser.add_argument(
         "--scratch", type=Path, help="folder on a disk with 200 bytes per event to spare; default: temporary"
     )
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(args)

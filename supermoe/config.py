@@ -1,7 +1,7 @@
 """Everything a run can be told, with its defaults. One class per section of the YAML file.
 
-Sections whose `type` names a component (source, splits, tasks, router, read-out, balancer ...) are seats: the class that
-implements the component owns its own `Config`, in the file that the seat names.
+Sections whose `type` names a component (source, splits, tasks, router, read-out, balancer ...) are seats: the class
+that implements the component owns its own `Config`, in the file that the seat names.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class FieldConfig(Config):
 class WindowLabel(Config):
     """A question about a user, answered by SQL over a window; see `supermoe/data/labels.py`.
 
-    Exactly one of `sql` (an aggregate over the window's rows), `attribute` (a column of the users table) and `next` (the
-    value of a field in the first event after the cut) says what is asked.
+    Exactly one of `sql` (an aggregate over the window's rows), `attribute` (a column of the users table) and `next`
+    (the value of a field in the first event after the cut) says what is asked.
     """
 
     sql: str | None = None
@@ -62,7 +62,7 @@ class Eligible(Config):
 
 
 class FeatureConfig(Config):
-    """Inputs computed over windows before the cut: SQL aggregates, bags of field values, or both derived from the schema."""
+    """Inputs computed over windows before the cut: SQL aggregates, bags of field values, or both derived."""
 
     windows: list[Duration] = Field(default_factory=lambda: [7 * 86400, 28 * 86400, 84 * 86400, ALL_TIME], min_length=1)
     sql: dict[str, str] = Field(default_factory=dict)  # name -> aggregate
@@ -78,7 +78,7 @@ class DataConfig(Config):
     source: Annotated[Any, Seat("supermoe.data.sources")]
     splits: Annotated[Any, Seat("supermoe.data.splits")]
     store: Path | None = None  # folder; default: <run>/store
-    fields: dict[str, FieldConfig | None] = Field(default_factory=dict)  # column -> how to read it; empty: infer all columns
+    fields: dict[str, FieldConfig | None] = Field(default_factory=dict)  # column -> how to read it; empty: infer all
     memory_limit: str = "2GB"  # of DuckDB while preparing
     threads: int | None = Field(None, ge=1)
 
@@ -95,7 +95,7 @@ class MoEConfig(Config):
 
     experts: int = Field(8, ge=1)
     top_k: int = Field(2, ge=1)
-    hidden: int | None = Field(None, ge=1)  # of one expert; default: 4 * dim / top_k, the active FLOPs of the dense block
+    hidden: int | None = Field(None, ge=1)  # of one expert; default: 4 * dim / top_k, as active as dense
     shared_hidden: int = Field(0, ge=0)  # width of an always-on shared expert; 0: none
     router: Annotated[Any, Seat("supermoe.model.routers")] = "softmax"
     capacity_factor: float | None = Field(None, gt=0)  # None: dropless
@@ -118,12 +118,13 @@ class ModelConfig(Config):
     activation: Literal["gelu", "silu", "relu2", "swiglu"] = "gelu"
     dense_layers: int = Field(1, ge=0)  # blocks with a dense feed-forward before the MoE blocks
     moe: MoEConfig = Field(default_factory=lambda: MoEConfig())
-    dropout: float = Field(0.1, ge=0, lt=1)
-    head_dropout: float = Field(0.2, ge=0, lt=1)  # on what a task's head reads
-    feature_dropout: float = Field(0.1, ge=0, lt=1)  # in the network of declared features and bags
+    dropout: float = Field(0.2, ge=0, lt=1)
+    head_dropout: float = Field(0.5, ge=0, lt=1)  # on what a task's head reads
+    feature_dropout: float = Field(0.4, ge=0, lt=1)  # in the network of declared features and bags
     feature_layers: int = Field(2, ge=0)  # residual blocks of that network
     bag_dim: int = Field(64, ge=1)  # width of a bag's table, before it enters the feature network
-    number_bins: int = Field(16, ge=2)  # knots of the piecewise-linear number encoding
+    number_bins: int = Field(8, ge=2)  # knots of the piecewise-linear number encoding
+    task_gradient: float = Field(0.1, ge=0, le=1)  # share of the tasks' gradient that reaches the history pass, see docs
     readout: Annotated[Any, Seat("supermoe.model.readouts")] = "indicator"
 
     @model_validator(mode="after")
@@ -160,7 +161,7 @@ class TrainingConfig(Config):
     warmup_share: float = Field(0.05, ge=0, le=1)
     decay_share: float = Field(0.2, ge=0, le=1)  # of constant_then_decay
     precision: Literal["fp32", "bf16"] = "fp32"
-    ema: float | None = Field(None, gt=0, lt=1)  # decay per step of the averaged weights that are evaluated and exported
+    ema: float | None = Field(None, gt=0, lt=1)  # decay per step of the averaged weights that count
     evaluate_every: int | None = Field(None, ge=1)  # steps; default: every epoch
     patience: int | None = Field(None, ge=1)  # evaluations without improvement before stopping
     checkpoint_every: int = Field(200, ge=1)  # steps
@@ -183,13 +184,17 @@ class ExportConfig(Config):
     rows_per_part: int = Field(100_000, ge=1)
 
 
+def _derived_features() -> dict[str, FeatureConfig | None]:
+    return {"auto": FeatureConfig(auto=True)}
+
+
 class RunConfig(Config):
     """The whole YAML file."""
 
     run: Path  # folder of this run's outputs
     seed: int = Field(0, ge=0)
     data: DataConfig
-    features: dict[str, FeatureConfig | None] = Field(default_factory=lambda: {"auto": FeatureConfig(auto=True)})
+    features: dict[str, FeatureConfig | None] = Field(default_factory=_derived_features)
     tasks: dict[str, Annotated[Any, Seat("supermoe.objectives.tasks")] | None]
     model: ModelConfig = Field(default_factory=ModelConfig)
     loss: LossConfig = Field(default_factory=LossConfig)

@@ -80,9 +80,9 @@ def format_instant(seconds: int) -> str:
     return moment.strftime("%Y-%m-%d" if seconds % 86400 == 0 else "%Y-%m-%dT%H:%M:%S")
 
 
-_TEXT_OR_INT = {"anyOf": [{"type": "string"}, {"type": "integer"}]}
-Duration = Annotated[int, BeforeValidator(parse_duration), PlainSerializer(format_duration), WithJsonSchema(_TEXT_OR_INT)]
-Instant = Annotated[int, BeforeValidator(parse_instant), PlainSerializer(format_instant), WithJsonSchema(_TEXT_OR_INT)]
+_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer"}]})
+Duration = Annotated[int, BeforeValidator(parse_duration), PlainSerializer(format_duration), _SCHEMA]
+Instant = Annotated[int, BeforeValidator(parse_instant), PlainSerializer(format_instant), _SCHEMA]
 
 
 # --- seats: where a component of the user's choice sits ---------------------------------------------------------------
@@ -117,7 +117,7 @@ def build(module: str, config: Any, **runtime: Any) -> Any:
 
 
 class Seat:
-    """Annotation of a config value `{type: name, ...}` that the class named by `type` validates with its own `Config`."""
+    """Annotation of a config value `{type: name, ...}`, which the class named by `type` validates with its `Config`."""
 
     def __init__(self, module: str):
         self.module = module
@@ -134,9 +134,8 @@ class Seat:
         return validate_inside(cls.Config, value)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_plain_validator_function(
-            self._validate, serialization=core_schema.plain_serializer_function_ser_schema(lambda c: c.model_dump(mode="json"))
-        )
+        dump_json = core_schema.plain_serializer_function_ser_schema(lambda config: config.model_dump(mode="json"))
+        return core_schema.no_info_plain_validator_function(self._validate, serialization=dump_json)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
         registry = importlib.import_module(self.module).REGISTRY
@@ -213,7 +212,8 @@ def _timestamp(loader: _Loader, node: yaml.ScalarNode) -> Any:
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", _timestamp)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -247,8 +247,9 @@ def merge(base: dict, update: dict) -> dict:
     merged = dict(base)
     for key, value in update.items():
         old = merged.get(key)
-        both = isinstance(value, dict) and isinstance(old, dict)
-        merged[key] = merge(old, value) if both and value.get("type", old.get("type")) == old.get("type") else value
+        merged[key] = value
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("type", old.get("type")) == old.get("type"):
+            merged[key] = merge(old, value)
     return merged
 
 

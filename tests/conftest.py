@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,22 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["training"] |= {"epochs": 2, "tokens_per_batch": 500, "threads": 1}
     train(validate(RunConfig, config, "test"))
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def finished_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `world.make` filled. Not to be changed: use `world`."""
+    import world
+
+    folder = tmp_path_factory.mktemp("world")
+    with contextlib.chdir(folder):
+        world.make()
+    return folder
+
+
+@pytest.fixture
+def world(finished_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `finished_world` that is the current folder."""
+    folder = Path(shutil.copytree(finished_world, tmp_path / "world"))
+    monkeypatch.chdir(folder)
+    return folder

@@ -145,8 +145,8 @@ def make_trainer(
     return Trainer(
         model,
         objective,
-        train or FakeBatches(5),  # type: ignore[arg-type]
-        FakeBatches(2, first_seed=50),  # type: ignore[arg-type]
+        train or FakeBatches(5),
+        FakeBatches(2, first_seed=50),
         config,
         folder=folder,
         identity=identity or {"seed": seed},

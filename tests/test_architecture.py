@@ -120,7 +120,7 @@ def test_plural_file_ends_with_its_registry(module: str) -> None:
     target = last.targets[0] if isinstance(last, ast.Assign) else getattr(last, "target", None)
     assert isinstance(target, ast.Name)
     assert target.id == "REGISTRY"
-    value = last.value  # type: ignore[attr-defined]
+    value = last.value
     assert isinstance(value, ast.Dict)
     classes = {node.name: node for node in tree(path).body if isinstance(node, ast.ClassDef)}
     for key, item in zip(value.keys, value.values, strict=True):

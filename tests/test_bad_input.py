@@ -1,27 +1,32 @@
-"""What a user can get wrong: each ends in one paragraph that names the place and the remedy, exit code 2, nothing changed."""
+"""What a user can get wrong: each ends in one paragraph with the place and the remedy, exit code 2, nothing changed."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import json
-import os
 import re
-import resource
-import shlex
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 import tiny
-import yaml
+from world import (
+    Harm,
+    blank,
+    contents,
+    events,
+    items,
+    log_csv,
+    mark,
+    remove,
+    replace,
+    row_8,
+    run,
+    table,
+    truncate,
+    twice_the_same_column,
+    write,
+)
 
-from supermoe import cli
 from supermoe.data.store import Store
 
 PREPARE, TRAIN, EVALUATE = "prepare --config config.yaml run=fresh", "train --config config.yaml", "evaluate run"
@@ -31,104 +36,6 @@ CSV = f"{EVENTS}log.csv data.source.users=null"
 ITEMS = f"{PREPARE} data.source.items='{{path: items.parquet, key: type}}'"
 CHURN, SPEND = "tasks.churn.label", "tasks.spend.label"
 TASKS = list(tiny.make_config(Path()).tasks)
-
-
-# --- the world that commands run in, and what can be done to it -------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a log, a config and a finished run, all named by relative paths."""
-    folder = tmp_path_factory.mktemp("world")
-    with contextlib.chdir(folder):
-        tiny.make_log().to_parquet("events.parquet")
-        tiny.make_users().to_parquet("users.parquet")
-        config = tiny.make_config(Path()).model_dump(mode="json")
-        config["training"] |= {"max_steps": 1, "keep_checkpoints": 1, "threads": 1}
-        config["report"] |= {"plots": False}
-        Path("config.yaml").write_text(yaml.safe_dump(config))
-        run(TRAIN)
-    return folder
-
-
-@pytest.fixture
-def world(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of `finished` that is the current folder."""
-    folder = Path(shutil.copytree(finished, tmp_path / "world"))
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def run(command: str) -> None:
-    """What `python -m supermoe.<command>` does."""
-    name, *args = shlex.split(command)
-    cli.run(lambda: importlib.import_module(f"supermoe.{name}").main(args))
-
-
-def contents() -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-
-
-def write(path: str, content: str | bytes) -> Callable[[], object]:
-    return lambda: Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def remove(path: str) -> Callable[[], object]:
-    return lambda: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
-
-
-def truncate(pattern: str) -> Callable[[], object]:
-    """The first half is left of the only file that matches."""
-
-    def harm() -> None:
-        (path,) = Path().glob(pattern)
-        os.truncate(path, path.stat().st_size // 2)
-
-    return harm
-
-
-def blank(path: str) -> Callable[[], object]:
-    """Zeros of the same length."""
-    return lambda: Path(path).write_bytes(bytes(Path(path).stat().st_size))
-
-
-def mark(path: str, **values: object) -> Callable[[], object]:
-    """Other values in a JSON file."""
-    return lambda: Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | values))
-
-
-def replace(path: str, old: str, new: str) -> Callable[[], object]:
-    return lambda: Path(path).write_text(Path(path).read_text().replace(old, new))
-
-
-def table(path: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[], object]:
-    """A Parquet file as a frame, changed."""
-    return lambda: change(pd.read_parquet(path)).to_parquet(path)
-
-
-def events(**columns: Callable[[pd.DataFrame], object]) -> Callable[[], object]:
-    """Other columns in the events."""
-    return table("events.parquet", lambda frame: frame.assign(**columns))
-
-
-def row_8(column: str, value: object) -> Callable[[], object]:
-    """One wrong value among the events."""
-    return events(**{column: lambda frame: frame[column].where(frame.index != 7, value)})
-
-
-def items(*types: object) -> Callable[[], object]:
-    return lambda: pd.DataFrame({"type": types, "price": 1.5}).to_parquet("items.parquet")
-
-
-def twice_the_same_column() -> None:
-    log = pq.read_table("events.parquet")
-    pq.write_table(log.append_column("shop", log["shop"]), "events.parquet")
-
-
-def log_csv(*rows: str) -> Callable[[], object]:
-    return write("log.csv", "user,time,value\n" + "\n".join(rows) + "\n")
-
-
 DAYS = [f"u{day % 9},2020-01-{day:02d},1.5" for day in range(1, 31)]
 
 
@@ -136,9 +43,7 @@ def cuts(train: str, valid: str = "null") -> str:
     return f"{PREPARE} 'data.splits.train={train}' data.splits.valid={valid}"
 
 
-# --- the table: what is wrong, the command, pieces of what is said, what happened to the files ------------------------
-
-Case = tuple[str, str, str] | tuple[str, str, str, Callable[[], object]]
+Case = tuple[str, str, str] | tuple[str, str, str, Harm]
 
 # fmt: off
 CONFIG: list[Case] = [
@@ -181,7 +86,8 @@ FILES: list[Case] = [
     ("a header without rows", CSV, "data.source: the events hold no rows", log_csv()),
     ("Parquet without rows", PREPARE, "data.source: the events hold no rows",
      table("events.parquet", lambda frame: frame[:0])),
-    ("no row that fits", f"{EVENTS}'{{path: events.parquet, where: value < 0}}'", "the events hold no rows ... `where`"),
+    ("no row that fits", f"{EVENTS}'{{path: events.parquet, where: value < 0}}'",
+     "the events hold no rows ... `where`"),
     ("Parquet that is none", PREPARE, "events.parquet is not a readable Parquet file", write("events.parquet", "a,b")),
     ("truncated Parquet", PREPARE, "events.parquet is not a readable Parquet file", truncate("events.parquet")),
     ("CSV with a row too long", CSV, "log.csv is not a readable CSV file ... Line: 32 ... Expected ... 3 Found: 4",
@@ -240,32 +146,38 @@ QUESTIONS: list[Case] = [
     ("no aggregate", f"{PREPARE} {CHURN}.sql='value > 3'", f"{CHURN}.sql: ... must be part of an aggregate function"),
     ("a sub-select", f"{PREPARE} {CHURN}.sql='(select 1) > 0'", f"{CHURN}.sql: a sub-select could look beyond"),
     ("text as a yes or no", f"{PREPARE} {CHURN}.sql='mode(type)'", f"{CHURN}: a task of type binary needs a number"),
-    ("another type for nobody", f"{PREPARE} {CHURN}.empty=maybe", f"{CHURN}.empty: 'maybe' does not fit ... bool; give"),
+    ("another type for nobody", f"{PREPARE} {CHURN}.empty=maybe",
+     f"{CHURN}.empty: 'maybe' does not fit ... bool; give"),
     ("neither no nor yes", f"{TRAIN} data.store=fresh/store {CHURN}.sql='count(*)' {CHURN}.empty=0",
      "tasks.churn: a binary label must be 0 or 1"),
     ("an infinite label", f"{PREPARE} {SPEND}.sql='sum(value) / 0'", f"{SPEND}: 254 of 299 labels are NaN or infinite"),
     ("a NaN label", f"{PREPARE} \"{SPEND}.sql=sum(value) * 'nan'::double\"", f"{SPEND}: ... NaN or infinite; guard"),
-    ("a constant label", f"{PREPARE} {SPEND}.sql='1 + 0' {SPEND}.empty=1", "tasks.spend: all 239 labels ... are the same"),
+    ("a constant label", f"{PREPARE} {SPEND}.sql='1 + 0' {SPEND}.empty=1",
+     "tasks.spend: all 239 labels ... are the same"),
     ("no label at all", f"{PREPARE} tasks.churn.eligible.sql='count(*) > 999'",
      "tasks.churn: no training example has a label ... or remove the task with tasks.churn=null"),
     ("unknown event type", f"{PREPARE} {CHURN}.events=[buy]", f"{CHURN}.events: the log has no events of type 'buy'"),
     ("unknown table", f"{PREPARE} {CHURN}.table=refunds", f"{CHURN}.table: no table 'refunds' is declared"),
     ("unknown attribute", f"{PREPARE} tasks.segment.label.attribute=segmnt",
      "tasks.segment.label.attribute: the users table has no column 'segmnt', did you mean 'segment'?"),
-    ("no users table", f"{PREPARE} data.source.users=null", "tasks.segment.label.attribute: ... there is no users table"),
+    ("no users table", f"{PREPARE} data.source.users=null",
+     "tasks.segment.label.attribute: ... there is no users table"),
     ("ids of an unknown field", f"{PREPARE} tasks.next_type.label.field=colour",
      "tasks.next_type.label: 'colour' is not a category field of the events, expected one of: shop, tags, type"),
-    ("ids of a number", f"{PREPARE} tasks.next_type.label.field=value", "'value' is not a category field of the events"),
-    ("an unknown field in a bag", f"{PREPARE} features.counts.bag=[typ]", "features.counts.bag: ... did you mean 'type'"),
+    ("ids of a number", f"{PREPARE} tasks.next_type.label.field=value",
+     "'value' is not a category field of the events"),
+    ("an unknown field in a bag", f"{PREPARE} features.counts.bag=[typ]",
+     "features.counts.bag: ... did you mean 'type'"),
     ("an infinite feature", f"{PREPARE} features.counts.sql.n=1/0.0", "features.counts.sql.n: the value is infinite"),
     ("nobody is asked", f"{PREPARE} 'data.splits.eligible.sql=count(*) > 999'",
      "data.splits: no user is eligible for the train split"),
-    ("overlapping cuts", cuts("[2020-05-01, 2020-05-10]", "2020-05-15"), "data.splits.train: the label window of the cut"
-     " 2020-05-10 ends at 2020-06-07, after the valid cut 2020-05-15 ... Move data.splits.train to 2020-04-17"),
-    ("a window past the data", cuts("[2020-05-01]", "2020-12-20"), "data.splits.valid: the label window of 28d after the"
-     " cut 2020-12-20 ends at 2021-01-17, but the log ends at 2020-12-31 ... Move the cut to 2020-12-04"),
+    ("overlapping cuts", cuts("[2020-05-01, 2020-05-10]", "2020-05-15"),
+     "data.splits.train: ... 2020-05-10 ends at 2020-06-07, after the valid cut 2020-05-15 ... to 2020-04-17"),
+    ("a window past the data", cuts("[2020-05-01]", "2020-12-20"),
+     "data.splits.valid: ... ends at 2021-01-17, but the log ends at 2020-12-31 ... to 2020-12-04 or earlier"),
     ("a cut before the data", cuts("[2019-05-01]"), "data.splits.train: no event lies before the cut 2019-05-01"),
-    ("a log too short", f"{PREPARE} {CHURN}.window=365d", "data.splits: the log spans ... too short for automatic cuts"),
+    ("a log too short", f"{PREPARE} {CHURN}.window=365d",
+     "data.splits: the log spans ... too short for automatic cuts"),
 ]
 
 STORED: list[Case] = [
@@ -273,7 +185,8 @@ STORED: list[Case] = [
      truncate("run/store/events/time.npy")),
     ("missing column", EVALUATE, "run/store/events/time.npy is missing: ... prepare it again",
      remove("run/store/events/time.npy")),
-    ("blank column", EVALUATE, "run/store/examples/cut.npy: not a readable column", blank("run/store/examples/cut.npy")),
+    ("blank column", EVALUATE, "run/store/examples/cut.npy: not a readable column",
+     blank("run/store/examples/cut.npy")),
     ("blank users", EVALUATE, "cannot read run/store/users.parquet: ... prepare it", blank("run/store/users.parquet")),
     ("blank vocabulary", EVALUATE, "cannot read run/store/vocab/type.parquet: ... prepare it again",
      blank("run/store/vocab/type.parquet")),
@@ -281,7 +194,8 @@ STORED: list[Case] = [
      replace("run/store/schema.json", '"number"', '"nubber"')),
     ("longer schema", EVALUATE, "run/store/schema.json has ... the store is damaged",
      replace("run/store/schema.json", "value", "values")),
-    ("truncated mark", EVALUATE, "run/store/fingerprint.json is not valid JSON", truncate("run/store/fingerprint.json")),
+    ("truncated mark", EVALUATE, "run/store/fingerprint.json is not valid JSON",
+     truncate("run/store/fingerprint.json")),
     ("store of another version", EVALUATE, "run/store: store format 99, this version of supermoe reads 1; delete",
      mark("run/store/fingerprint.json", version=99)),
     ("no store", EVALUATE, "run/store: there is no store here; run `python -m supermoe.prepare", remove("run/store")),
@@ -295,18 +209,23 @@ STORED: list[Case] = [
      truncate("run/checkpoints/best.safetensors")),
     ("missing best weights", TRAIN, "run/checkpoints/best.safetensors: it is missing; delete",
      remove("run/checkpoints/best.safetensors")),
-    ("truncated weights", PREDICT, "run/model/model.safetensors is truncated or damaged ... copy the whole model folder",
+    ("truncated weights", PREDICT,
+     "run/model/model.safetensors is truncated or damaged ... copy the whole model folder",
      truncate("run/model/model.safetensors")),
-    ("missing weights", EXPORT, "run/model/model.safetensors: it is missing; copy", remove("run/model/model.safetensors")),
+    ("missing weights", EXPORT, "run/model/model.safetensors: it is missing; copy",
+     remove("run/model/model.safetensors")),
     ("a model of another format", PREDICT, "run/model/manifest.json does not describe a supermoe model",
      mark("run/model/manifest.json", format="onnx")),
     ("a model of another version", EXPORT, "run/model/manifest.json: format version 99 ... install supermoe",
      mark("run/model/manifest.json", version=99)),
     ("an edited model", PREDICT, "run/model: the content has the id ... a file was changed; copy the whole",
      mark("run/model/schema.json", fields={})),
-    ("a run instead of a model", "predict run --as-of 2020-12-01 --out out", "run/manifest.json ... a model folder holds"),
-    ("no model", "doctor nothing", "nothing is not a model folder: it does not exist; give the `model` folder of a run"),
-    ("damaged probes", "doctor run/model", "run/model/parity.json is not valid JSON", truncate("run/model/parity.json")),
+    ("a run instead of a model", "predict run --as-of 2020-12-01 --out out",
+     "run/manifest.json ... a model folder holds"),
+    ("no model", "doctor nothing",
+     "nothing is not a model folder: it does not exist; give the `model` folder of a run"),
+    ("damaged probes", "doctor run/model", "run/model/parity.json is not valid JSON",
+     truncate("run/model/parity.json")),
 ]
 
 SERVED: list[Case] = [
@@ -316,7 +235,8 @@ SERVED: list[Case] = [
     ("no such shard", f"{EXPORT} --shard 4/4", "--shard 4/4: expected i/n with i from 0 to n - 1"),
     ("users without events", f"{PREDICT} --users users.parquet", "--users needs --events"),
     ("no such events", f"{PREDICT} --events gone.parquet", "the file gone.parquet does not exist"),
-    ("events without a field", f"{PREDICT} --events events.parquet", "the events have no column 'type', which the model",
+    ("events without a field", f"{PREDICT} --events events.parquet",
+     "the events have no column 'type', which the model",
      table("events.parquet", lambda frame: frame.drop(columns="type"))),
     ("events without rows", f"{PREDICT} --events events.parquet", "no user to serve: ... no rows before 2020-12-01",
      table("events.parquet", lambda frame: frame[:0])),
@@ -362,60 +282,3 @@ def test_one_paragraph_and_nothing_half_written(world: Path, capsys: pytest.Capt
 
 def test_the_table_is_long_enough_and_free_of_repetition() -> None:
     assert len({case[0] for case in CASES}) == len(CASES) >= 40
-
-
-# --- a full disk ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["quota", "tmpfs"])
-def small_disk(request: pytest.FixtureRequest, world: Path) -> Iterator[Callable]:
-    """Makes the folder `small`, on which the given number of bytes is too much: for one file, or for all together."""
-    Path("small").mkdir()
-    with contextlib.ExitStack() as stack:
-        yield lambda size: stack.enter_context({"quota": quota, "tmpfs": tmpfs}[request.param](size))
-
-
-@contextlib.contextmanager
-def quota(size: int) -> Iterator[None]:
-    """No file may grow over so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextlib.contextmanager
-def tmpfs(size: int) -> Iterator[None]:
-    """A file system of so many bytes, where the tests may mount one."""
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", "small"]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no right to mount a file system")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", "small"], check=True)
-
-
-# command, what it leaves last, and sizes of the disk that it notices at different steps
-FULL = [
-    ("prepare --config config.yaml data.store=small/store", "small/store", (4_096, 20_480)),
-    ("train --config config.yaml run=small data.store=run/store", "small/embeddings/manifest.json", (4_096, 65_536, 400_000)),
-    ("predict run/model --as-of 2020-12-01 --out small", "small/manifest.json", (4_096, 10_240)),
-    ("export run/model --as-of 2020-12-01 --out small", "small/manifest.json", (4_096, 10_240)),
-]
-
-
-@pytest.mark.parametrize(
-    ("command", "last", "size"), [(command, last, size) for command, last, sizes in FULL for size in sizes]
-)
-def test_a_full_disk(
-    small_disk: Callable, capsys: pytest.CaptureFixture, command: str, last: str, size: int
-) -> None:
-    small_disk(size)
-    with pytest.raises(SystemExit) as stop:
-        run(command)
-    assert stop.value.code == 2
-    assert re.match("error: .*small.*(No space left|File too large).*free space", capsys.readouterr().err.splitlines()[-1])
-    assert not Path(last).exists()

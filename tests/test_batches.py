@@ -29,7 +29,7 @@ def store():
         time=np.concatenate([np.sort(rng.integers(0, 1000, k)) for k in LENGTHS]),
         columns={"item": np.arange(offsets[-1], dtype=np.int32) + 2, "price": rng.random(offsets[-1], np.float32)},
         lists={"tags": IdLists(np.arange(offsets[-1] + 1), np.arange(offsets[-1], dtype=np.int32))},
-        examples=SimpleNamespace(user=user, visible=visible, cut=visible * 10, split=np.full(n, SPLITS["train"], np.int8)),
+        examples=SimpleNamespace(user=user, visible=visible, cut=visible * 10, split=np.full(n, SPLITS["train"])),
         labels={"y": np.arange(n, dtype=np.float32), "s": sets},
         features=np.arange(n * 2, dtype=np.float32).reshape(n, 2),
         bags={"b": bag},

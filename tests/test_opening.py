@@ -42,3 +42,31 @@ def test_frames_number_their_rows():
     con = duckdb.connect()
     raw = open_frame(con, pa.table({"x": ["b", "a"]}), "frame", "events")
     assert con.execute(raw.ordered).fetchall() == [("b", 0, "the frame"), ("a", 1, "the frame")]
+
+
+def read(folder, **files):
+    """The rows of CSV files, read together."""
+    for name, content in files.items():
+        (folder / f"{name}.csv").write_text(content)
+    con = duckdb.connect()
+    return con.execute(f"SELECT * FROM {open_files(con, str(folder), 'key').scan}").fetchall()
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_first_line_tells_the_delimiter_of_csv(tmp_path, delimiter):
+    assert read(tmp_path, a=f"x{delimiter}y\n1{delimiter}a\n") == [(1, "a")]
+
+
+def test_quotes_are_read_wherever_they_come(tmp_path):
+    rows = "1,plain\n" * 30_000 + '2,"two, ""quoted""\nlines"\n'  # after the rows that DuckDB would guess from
+    assert read(tmp_path, a="x,y\n" + rows)[-1] == (2, 'two, "quoted"\nlines')
+
+
+def test_csv_files_that_are_written_differently_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a\.csv and .*b\.csv part their columns by different signs"):
+        read(tmp_path, a="x,y\n1,2\n", b="x;y\n1;2\n")
+
+
+def test_a_broken_row_is_named_even_where_it_hides_the_header(tmp_path):
+    with pytest.raises(UserError, match=r"a\.csv is not a readable CSV file: .*Line: 4 .*3 Found: 4; mend the line"):
+        read(tmp_path, a="x,y,z\n1,2,3\n1,2,3\n1,2,3,4\n1,2,3\n")

@@ -6,7 +6,7 @@ import torch
 from ops_checks import assert_as_exact_as_torch, assert_same
 from torch import Tensor
 
-from supermoe.ops import attention, reference
+from supermoe.ops import attention, packing, reference
 
 LENGTHS = [
     [1],
@@ -45,9 +45,9 @@ def questions(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_history_agrees_with_the_reference(lengths: list[int], weighted: bool) -> None:
     offsets = offsets_of(lengths)
     inputs = heads(sum(lengths))
-    packing = attention.pack(offsets)
+    groups = packing.pack(offsets)
     assert_same(
-        lambda q, k, v: attention.history_attention(q, k, v, offsets, offsets, packing),
+        lambda q, k, v: attention.history_attention(q, k, v, offsets, offsets, groups),
         lambda q, k, v: reference.history_attention(q, k, v, offsets, offsets),
         inputs,
         heads(sum(lengths) + 1)[0][:-1] if weighted else None,
@@ -80,9 +80,9 @@ def test_reference_history_is_causal_and_stays_in_its_read() -> None:
 def test_indicators_agree_with_the_reference(lengths: list[int], weighted: bool) -> None:
     offsets, (read, visible) = offsets_of(lengths), questions(lengths)
     inputs = heads(len(read)) + heads(sum(lengths), 2)
-    packing = attention.pack_indicators(offsets, read, visible)
+    groups = packing.pack_indicators(offsets, read, visible)
     assert_same(
-        lambda *x: attention.indicator_attention(*x, offsets, read, visible, packing),
+        lambda *x: attention.indicator_attention(*x, offsets, read, visible, groups),
         lambda *x: reference.indicator_attention(*x, offsets, read, visible),
         inputs,
         heads(len(read) + 1)[0][:-1] if weighted else None,
@@ -149,14 +149,3 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *x: attention.indicator_attention(*x, offsets, read, visible), leaves)
     q, k, v = (x.requires_grad_() for x in heads(sum(lengths)))
     assert torch.autograd.gradcheck(lambda *x: attention.history_attention(*x, offsets, offsets), (q, k, v))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_padding_takes_at_most_a_tenth_of_the_work_in_few_groups(seed: int) -> None:
-    lengths = np.random.default_rng(seed).geometric(0.02, size=300).clip(max=200)
-    sizes = attention.pack(offsets_of(lengths.tolist())).sizes
-    long = np.maximum(lengths, 16)  # fewer rows take no less time
-    padded = sum(count * max(length, 16) ** 2 for count, length in sizes)
-    assert (long**2).sum() >= 0.9 * padded
-    assert len(sizes) <= 24
-    assert sum(count for count, _ in sizes) == len(lengths)

@@ -38,12 +38,12 @@ def sets_for(num_rows: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def single(module: object, target: Tensor, precision: torch.dtype | None = None):  # type: ignore[no-untyped-def]
-    return lambda x, w, b=None: module.linear_cross_entropy(x, w, b, target, precision)  # type: ignore[attr-defined]
+def single(module: object, target: Tensor, precision: torch.dtype | None = None):
+    return lambda x, w, b=None: module.linear_cross_entropy(x, w, b, target, precision)
 
 
-def multiple(module: object, offsets: Tensor, ids: Tensor):  # type: ignore[no-untyped-def]
-    return lambda x, w, b=None: module.linear_cross_entropy_sets(x, w, b, offsets, ids)  # type: ignore[attr-defined]
+def multiple(module: object, offsets: Tensor, ids: Tensor):
+    return lambda x, w, b=None: module.linear_cross_entropy_sets(x, w, b, offsets, ids)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 63, 100])

@@ -26,8 +26,8 @@ def choices(num_tokens: int, k: int, experts: int = EXPERTS) -> Tensor:
     return torch.rand(num_tokens, experts, generator=generator).argsort(dim=1)[:, :k]
 
 
-def layer(module: object, expert_NK: Tensor, activation: str = "gelu"):  # type: ignore[no-untyped-def]
-    return lambda x, g, w_in, w_out: module.expert_ffn(x, expert_NK, g, w_in, w_out, activation)  # type: ignore[attr-defined]
+def layer(module: object, expert_NK: Tensor, activation: str = "gelu"):
+    return lambda x, g, w_in, w_out: module.expert_ffn(x, expert_NK, g, w_in, w_out, activation)
 
 
 def check(expert_NK: Tensor, activation: str = "gelu", weights: Tensor | None = None, experts: int = EXPERTS) -> None:
@@ -96,7 +96,9 @@ def test_low_precision_is_as_exact_as_torch(dtype: torch.dtype) -> None:
 
 
 def test_gradcheck_of_the_reference() -> None:
-    leaves = [x.double().requires_grad_() for x in operands(5, 2, experts=3)]
+    x, g, w_in, w_out = operands(5, 2, experts=3)
+    small = x[:, :2], g, w_in[:, :2, :3], w_out[:, :3, :2]
+    leaves = [tensor.double().requires_grad_() for tensor in small]
     assert torch.autograd.gradcheck(layer(reference, choices(5, 2, experts=3)), leaves)
 
 

@@ -21,3 +21,9 @@ def test_complaint_is_one_line_without_the_query():
     assert "nowhere" in complaint(error.value)
     assert "LINE" not in complaint(error.value)
     assert "\n" not in complaint(error.value)
+
+
+def test_complaint_leaves_out_what_duckdb_suggests():
+    with pytest.raises(duckdb.Error) as error:
+        duckdb.connect().execute("SELECT sum('a'::BLOB)")
+    assert complaint(error.value).endswith("You might need to add explicit type casts")

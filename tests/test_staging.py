@@ -111,3 +111,10 @@ def test_a_csv_that_turns_into_something_else_is_refused(tmp_path):
 def test_bad_memory_limit_names_its_key(tmp_path):
     with pytest.raises(UserError, match=r"data\.memory_limit: 'lots'"):
         connect("lots", None, tmp_path)
+
+
+def test_serving_nobody_is_refused(tmp_path):
+    source = Frames(pd.DataFrame({"user": [1], "time": [DAY], "n": [1]}))
+    con = connect("200MB", 1, tmp_path)
+    with pytest.raises(UserError, match="no user to serve: the events hold no rows before 1970-01-01"):
+        stage_serving(con, source.attach(con), {"n": FieldConfig(kind="category")}, 0, tmp_path)

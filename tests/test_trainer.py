@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from fake_run import FakeBatches, make_run_batch, make_trainer, weights
 from supermoe.data.batch import Batch
 from supermoe.objectives.objective import NonFiniteLoss
 from supermoe.training.metrics import read_metrics
+from supermoe.training.trainer import BEST
 from supermoe.typed_yaml import UserError
 
 
@@ -166,3 +168,11 @@ def test_bf16_and_rowwise_tables_train(tmp_path: Path) -> None:
     assert all(np.isfinite(row["gradient_norm"]) for row in rows)
     assert make_run_batch(0).num_examples == 6
     assert trainer.step == 4
+
+
+def test_best_weights_that_are_gone_are_not_replaced_by_others(whole, tmp_path: Path) -> None:
+    trainer = make_trainer(Path(shutil.copytree(whole[0], tmp_path / "run")), **OPTIONS)
+    trainer.resume()
+    (trainer.folder / "checkpoints" / BEST).unlink()
+    with pytest.raises(UserError, match=r"best\.safetensors: it is missing; delete .*checkpoints and run supermoe\.train"):
+        trainer.load_best()

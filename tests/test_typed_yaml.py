@@ -7,6 +7,7 @@ import datetime as dt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from supermoe import typed_yaml
 from supermoe.typed_yaml import ALL_TIME, Config, UserError
@@ -20,7 +21,7 @@ class Inner(Config):
 class Outer(Config):
     name: str
     inner: Inner = Inner()
-    table: dict[str, Inner] = {}
+    table: dict[str, Inner] = Field(default_factory=dict)
 
 
 def write(tmp_path, text, name="c.yaml"):
@@ -112,3 +113,14 @@ def test_a_component_is_found_by_import_path():
     assert typed_yaml.resolve("supermoe.model.routers", f"{Inner.__module__}:Inner").__name__ == "Inner"
     with pytest.raises(ValueError, match="cannot import"):
         typed_yaml.resolve("supermoe.model.routers", "no_such_module:Thing")
+
+
+def test_a_date_that_does_not_exist_is_left_to_its_key():
+    assert typed_yaml.read_yaml("a: 2017-13-01", "here") == {"a": "2017-13-01"}
+    assert typed_yaml.read_yaml("a: 2017-11-05", "here") == {"a": dt.date(2017, 11, 5)}
+
+
+def test_the_nearest_choice_or_all_of_them_or_none():
+    assert typed_yaml.nearest("chrun", ["churn", "spend"]) == "did you mean 'churn'?"
+    assert typed_yaml.nearest("xyz", {"b": 1, "a": 2}) == "expected one of: a, b"
+    assert typed_yaml.nearest("xyz", []) == "there is none at all"

@@ -24,7 +24,7 @@ def test_missing_and_damaged_files_are_told_apart(tmp_path: Path) -> None:
         read_weights(tmp_path / "w", "copy it")
     save_weights(torch.nn.Linear(3, 2), tmp_path / "w")
     (tmp_path / "w").write_bytes((tmp_path / "w").read_bytes()[:-4])
-    with pytest.raises(UserError, match="w is truncated or damaged .*; copy it"):
+    with pytest.raises(UserError, match=r"w is truncated or damaged .*; copy it"):
         read_weights(tmp_path / "w", "copy it")
 
 

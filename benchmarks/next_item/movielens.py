@@ -11,7 +11,7 @@ MIN_ITEM_COUNT = 5
 
 
 def read_training(folder: Path) -> pd.DataFrame:
-    """Columns user, item (from 1) and time, in order, without each user's last two ratings: 6,040 users, 3,416 items."""
+    """Columns user, item (from 1) and time, in order, without each user's last two ratings: 6,040 users."""
     ratings = pd.read_csv(
         folder / "ratings.dat", sep="::", engine="python", header=None, names=["user", "item", "rating", "time"]
     )

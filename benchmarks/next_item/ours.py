@@ -27,8 +27,9 @@ class Training:
         self.trainer, self.model = run.trainer, run.model
         self.steps = self.trainer._steps()
         self.log = MetricsLog(config.run, 0, False)
-        valid = batches(config, store, "valid")
-        self.valid = itertools.chain.from_iterable(valid.epoch(0) for _ in itertools.count())
+        self.valid = batches(config, store, "valid")
+        # every eighth batch, from the longest histories to the shortest
+        self.to_embed = list(self.valid.epoch(0))[::8]
         self.loading = itertools.chain.from_iterable(run.trainer.train.epoch(epoch) for epoch in itertools.count())
 
     def train(self) -> int:
@@ -42,7 +43,7 @@ class Training:
     @torch.no_grad()
     def embed(self) -> int:
         self.model.eval()
-        return sum(len(self.model(batch).user_BD) for batch in itertools.islice(self.valid, STEPS))
+        return sum(len(self.model.embed(batch)) for batch in self.to_embed)
 
     def load(self) -> int:
         return sum(batch.num_events for batch in itertools.islice(self.loading, 20))

@@ -1,4 +1,4 @@
-"""Contender: RecTools' SASRec with its softmax loss, driven by its own Lightning trainer. Runs in an environment of its own."""
+"""Contender: RecTools' SASRec with its softmax loss and its own Lightning trainer, in an environment of its own."""
 
 from __future__ import annotations
 

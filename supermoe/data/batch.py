@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Jagged:
-    """Lists of ids laid end to end: list i is `ids[offsets[i]:offsets[i + 1]]`, with `weights` beside them where there are any."""
+    """Lists of ids laid end to end: list i is `ids[offsets[i]:offsets[i + 1]]`, with `weights` beside them if any."""
 
     offsets: Tensor  # int64 [n + 1]
     ids: Tensor  # int64
@@ -32,12 +32,12 @@ class SetLabels:
 class Batch:
     """S reads (slices of users' histories) of N events in all, and B examples (user, cut) that look at them.
 
-    Reads are sorted by length, longest first; a read may be empty. Example b sees the first `visible_B[b]` events of read
-    `read_B[b]`. Labels by task: float32 [B] (NaN: not asked), int64 [B] (-1: not asked) or SetLabels.
+    Reads are sorted by length, longest first; a read may be empty. Example b sees the first `visible_B[b]` events of
+    read `read_B[b]`. Labels by task: float32 [B] (NaN: not asked), int64 [B] (-1: not asked) or SetLabels.
     """
 
     offsets_S: Tensor  # int64 [S + 1]: event range of each read
-    previous_S: Tensor  # int64 seconds: time of the user's last event before the read (the read's first event where there is none)
+    previous_S: Tensor  # int64 seconds: time of the user's last event before the read, or of its first
     time_N: Tensor  # int64 seconds UTC
     fields: dict[str, Tensor]  # category: int64 [N] ids; number: float32 [N] in [0, 1], NaN missing
     lists: dict[str, Jagged]  # `categories` fields: one list per event

@@ -1,4 +1,4 @@
-"""Batches out of a store: reads that several examples of a user share, packed to a token budget, from memory maps only."""
+"""Batches out of a store: reads that several examples of a user share, packed to a token budget."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ MIN_CONTEXT = 0.5
 
 
 class Batches:
-    """The batches of one split, in an order that depends on (seed, epoch) alone, so (epoch, index) is the whole position.
+    """The batches of one split, in an order that (seed, epoch) decide alone, so (epoch, index) is the whole position.
 
-    A read is a slice of at most `max_events` events of one user. Examples of the same user whose histories overlap share a
-    read, so that several cuts cost one history pass. Every rank takes the same number of batches in every epoch.
+    A read is a slice of at most `max_events` events of one user. Examples of the same user whose histories overlap
+    share a read, so that several cuts cost one history pass. Every rank takes the same number of batches in every
+    epoch.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Batches:
         self.example, self.visible = self.example[order], (visible - start[read])[order]
         self.example_offsets = np.concatenate([[0], np.cumsum(np.bincount(read, minlength=len(start)))])
         first_example = self.example_offsets[:-1]
-        self.read_first = np.asarray(store.offsets_U)[user[order][first_example]] + start  # absolute row of the read's first event
+        self.read_first = np.asarray(store.offsets_U)[user[order][first_example]] + start  # among all events
         self.read_length = end - start
         self.has_previous = start > 0
         cost = self.read_length / tokens_per_batch
@@ -73,7 +74,8 @@ class Batches:
         else:
             order = np.argsort(-self.read_length, kind="stable")
         filled = np.cumsum(self._cost[order])
-        edges = np.searchsorted(filled, np.arange(1, self._num_global) * (filled[-1] / self._num_global)) if len(filled) else []
+        shares = np.arange(1, self._num_global) / self._num_global
+        edges = np.searchsorted(filled, shares * filled[-1]) if len(filled) else []
         parts = np.split(order, edges)
         for index in range(start, len(self)):
             yield self.collate(parts[index * self.world_size + self.rank])
@@ -117,9 +119,9 @@ class Batches:
 def plan_reads(user: np.ndarray, visible: np.ndarray, max_events: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Group examples into reads.
 
-    `user` [n] and `visible` [n] are sorted by (user, visible). Returns read [n], and per read its start and end in the user's
-    history. The last example of a user opens a read that ends where its history ends; earlier ones join it while they
-    keep `MIN_CONTEXT` of their own context.
+    `user` [n] and `visible` [n] are sorted by (user, visible). Returns read [n], and per read its start and end in the
+    user's history. The last example of a user opens a read that ends where its history ends; earlier ones join it while
+    they keep `MIN_CONTEXT` of their own context.
     """
     n = len(user)
     if n == 0:
@@ -159,6 +161,7 @@ def gather_lists(lists: IdLists, index: np.ndarray) -> Jagged:
 def label_rows(label: Any, example: np.ndarray) -> Tensor | SetLabels:
     """A label column at the rows `example`, in the form of `Batch.labels`."""
     if isinstance(label, IdLists):
+        assert label.asked is not None, "lists that are labels say who was asked"
         jagged = gather_lists(label, example)
         return SetLabels(_tensor(label.asked[example]), jagged.offsets, jagged.ids)
     return _tensor(label[example], torch.float32 if label.dtype.kind == "f" else torch.int64)

@@ -31,6 +31,7 @@ from supermoe.data.vocab import Vocabularies, Vocabulary, normalise, quantile_kn
 from supermoe.typed_yaml import UserError, format_duration, nearest
 
 SMALL_VOCABULARY = 64  # `auto` counts the values of smaller fields one by one, and makes bags of larger ones
+MIN_VARIED_ROWS, MIN_VARIED_SHARE = 500, 0.02  # a column must differ in this many training examples, or in this share
 FIT_ROWS = 50_000  # training examples that knots are fitted on, evenly spread where there are more
 BLOCK_ROWS = 8_192  # rows at a time of the pass that normalises
 
@@ -115,7 +116,7 @@ class Features:
             yield first, values.reshape(number, width)
 
     def _fit(self) -> dict[str, np.ndarray]:
-        """Knots of the columns that differ among the training examples."""
+        """Knots of the columns that differ among enough of the training examples."""
         train = np.flatnonzero(np.concatenate([np.zeros(0, bool), *self._train]))
         sample = train[np.linspace(0, max(len(train) - 1, 0), min(len(train), FIT_ROWS)).astype(np.int64)]
         parts = [np.zeros((0, len(self.names)), np.float32)]
@@ -123,9 +124,8 @@ class Features:
             parts.append(rows[sample[(sample >= first) & (sample < first + len(rows))] - first])
         matrix, knots = np.concatenate(parts), {}
         for index, name in enumerate(self.names):
-            fitted = quantile_knots(matrix[:, index])
-            if len(fitted) > 1 or (len(fitted) == 1 and np.isnan(matrix[:, index]).any()):
-                knots[name] = fitted
+            if _varied(matrix[:, index]) >= min(MIN_VARIED_ROWS, MIN_VARIED_SHARE * len(matrix)):
+                knots[name] = quantile_knots(matrix[:, index])
         return knots
 
     def _history(self, chunk: Chunk) -> History:
@@ -221,6 +221,12 @@ def _bags_of(
         )
         for name, window, is_input in pairs
     }
+
+
+def _varied(values: np.ndarray) -> int:
+    """How many rows hold something else than the most frequent value; missing is a value too."""
+    counts = np.unique(values, return_counts=True)[1]
+    return len(values) - int(counts.max(initial=0))
 
 
 class _BagWriter:

@@ -115,9 +115,10 @@ def fingerprint(config: RunConfig, source: Any) -> str:
     if content is None:
         return ""
     data = config.data.model_dump(mode="json", exclude={"store", "memory_limit", "threads"})
-    tasks: dict[str, Any] = {}
-    for name, task in config.model_dump(mode="json", include={"tasks"})["tasks"].items():
-        tasks[name] = [config.tasks[name].label_kind, task["label"], task["eligible"]]  # type: ignore[union-attr]
+    task: Any
+    tasks = {}
+    for name, task in config.tasks.items():
+        tasks[name] = [task.label_kind, task.model_dump(mode="json", include={"label", "eligible"})]
     features = config.model_dump(mode="json", include={"features"})["features"]
     parts = {"version": FORMAT_VERSION, "data": data, "tasks": tasks, "features": features, "source": content}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a store holds, in one readable file: fields, time encodings, features, bags and labels. Saved with the model too."""
+"""What a store holds, in one readable file: fields, features, bags and labels. Saved with the model too."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class BagSchema(Config):
 class LabelSchema(Config):
     """What is asked of the examples under one task name.
 
-    kind `number`: float32, NaN where not asked. `class`: int32 class, -1 where not asked. `set`: a set of classes per example.
-    With `field` the classes are that field's vocabulary ids; otherwise `classes` lists their values in order, and where those are
-    values of an event field, `source` names it and `ids` are the classes' vocabulary ids.
+    kind `number`: float32, NaN where not asked. `class`: int32 class, -1 where not asked. `set`: a set of classes per
+    example. With `field` the classes are that field's vocabulary ids; otherwise `classes` lists their values in order,
+    and where those are values of an event field, `source` names it and `ids` are the classes' vocabulary ids.
     """
 
     kind: Literal["number", "class", "set"]

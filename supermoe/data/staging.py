@@ -97,9 +97,8 @@ def stage_serving(
     types = _types(con, source.events)
     for name, field in fields.items():
         if name not in types:
-            raise UserError(
-                f"the events have no column '{name}', which the model reads; {nearest(name, types.keys() - set(OWN_COLUMNS))}"
-            )
+            have = types.keys() - set(OWN_COLUMNS)
+            raise UserError(f"the events have no column '{name}', which the model reads; {nearest(name, have)}")
         check_kind(name, types[name], field.kind)
     past = f"SELECT * FROM {quote(source.events)} WHERE time < make_timestamp({as_of * 1_000_000}::BIGINT)"
     con.execute(f"CREATE OR REPLACE TEMP VIEW past_events AS {past}")
@@ -107,8 +106,8 @@ def stage_serving(
     staged = _stage(con, source, fields, _event_types(con, "past_events"), scratch, [])
     if staged.num_users == 0:
         raise UserError(
-            f"no user to serve: the events hold no rows before {format_instant(as_of)} and there is no users table; check "
-            f"the date and the files."
+            f"no user to serve: the events hold no rows before {format_instant(as_of)} and there is no users table; "
+            f"check the date and the files."
         )
     return staged
 
@@ -210,10 +209,11 @@ def _sort(
     by_user = (
         f'SELECT user_row, first_row, time, {listed}, file_order FROM {events} JOIN ({people}) ON "user" = _person'
     )
-    in_order = f"SELECT * FROM ({by_user}) ORDER BY user_row, time, file_order"
-    position = "row_number() OVER () - 1 - first_row AS position"
-    numbered = f"SELECT user_row::BIGINT AS user_row, {position}, time, {names} FROM ({in_order})"
+    rows = f"SELECT user_row::BIGINT AS user_row, first_row, time, {names} FROM ({by_user}) ORDER BY user_row, time, file_order"
     # looking for a dictionary in columns of many values would cost a fifth of the sort
     options = "FORMAT parquet, DICTIONARY_SIZE_LIMIT 5000"
-    execute_with_progress(con, f"COPY ({numbered}) TO {text(str(path))} ({options})", "sort the log")
-    con.execute(f"CREATE OR REPLACE VIEW log AS SELECT *, file_row_number AS row FROM read_parquet({text(str(path))})")
+    execute_with_progress(con, f"COPY ({rows}) TO {text(str(path))} ({options})", "sort the log")
+    con.execute(
+        f"CREATE OR REPLACE VIEW log AS SELECT user_row, file_row_number - first_row AS position, time, {names}, "
+        f"file_row_number AS row FROM read_parquet({text(str(path))})"
+    )

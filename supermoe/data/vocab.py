@@ -18,7 +18,7 @@ from supermoe.data.schema import FIRST_ID, PADDING, UNKNOWN
 from supermoe.data.sql import quote
 
 NUM_KNOTS = 65
-SAMPLE_ROWS = 1_000_000  # knots of longer columns come from so many rows
+SAMPLE_ROWS = 250_000  # knots of longer columns come from so many rows; each is off by 0.1 % of the rows
 FEATURES = "features.parquet"
 REMEDY = "prepare the store again, or copy the whole model folder again"
 
@@ -160,10 +160,11 @@ def _fit_knots(
 
 def quantile_knots(values: np.ndarray, size: int = NUM_KNOTS) -> np.ndarray:
     """Values (NaN: missing) -> at most `size` strictly ascending float64 knots at quantiles; empty without values."""
-    present = values[~np.isnan(values)]
+    present = np.sort(values[~np.isnan(values)])
     if len(present) == 0:
         return np.zeros(0)
-    return np.unique(np.quantile(present, np.linspace(0, 1, size)))
+    rank = np.linspace(0, len(present) - 1, size)  # np.quantile would partition the values once for each
+    return np.unique(np.interp(rank, np.arange(len(present)), present))
 
 
 def normalise(values: np.ndarray, knots: np.ndarray) -> np.ndarray:

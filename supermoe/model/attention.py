@@ -44,6 +44,10 @@ class KeyValues:
     k_NHA: Tensor
     v_NHA: Tensor
 
+    def with_gradient(self, share: float) -> KeyValues:
+        """The same values, through which only a share of the gradient flows back."""
+        return KeyValues(*(x.detach() if share == 0 else torch.lerp(x.detach(), x, share) for x in (self.k_NHA, self.v_NHA)))
+
 
 class Rotary(nn.Module):
     """Half of the pairs of a head rotate with the event's index, half with its time.

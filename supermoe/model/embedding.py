@@ -40,7 +40,7 @@ def embedding_table(num_rows: int, dim: int) -> nn.Embedding:
     with torch.no_grad():
         table.weight.normal_(std=INIT_STD)
         table.weight[PADDING] = 0
-    table.weight.is_table = True  # type: ignore[attr-defined]
+    table.weight.is_table = True  # type: ignore[attr-defined]  # told to the optimiser
     return table
 
 

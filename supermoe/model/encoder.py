@@ -97,8 +97,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.rotary = Rotary(config.dim // config.heads)
         blocks = [Block(config, dense=i < config.dense_layers) for i in range(config.layers)]
-        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]  # annotated as what it holds
         self.norm = nn.LayerNorm(config.dim, bias=False)
+        self.task_gradient = config.task_gradient
 
     def extend(
         self, x_ND: Tensor, time_N: Tensor, offsets_S: Tensor, past: History | None = None, outputs: bool = True
@@ -138,7 +139,7 @@ class Encoder(nn.Module):
         layout = IndicatorLayout(turn, history.offsets_S, read_M, visible_M, packing)
         routings = []
         for i, (block, known) in enumerate(zip(self.blocks, history.layers, strict=True)):
-            x_MD, routing = block.indicators(x_MD, layout, known)
+            x_MD, routing = block.indicators(x_MD, layout, known.with_gradient(self.task_gradient))
             if routing is not None:
                 routings.append(LayerRouting(i, "indicator", routing))
         return self.norm(x_MD), routings

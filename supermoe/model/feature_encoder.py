@@ -120,8 +120,8 @@ class FeatureEncoder(nn.Module):
         return f_BD, torch.cat([numbers[:, :0], *(bags[i][:, :DIRECT_DIRECTIONS] for i in self.lifetime)], dim=1)
 
     @torch.no_grad()
-    def init_numbers(self, features_BP: Tensor, keep_P: Tensor) -> None:
-        """Standardise the encoded numbers by the examples given, and silence the features that are not kept."""
+    def init_numbers(self, features_BP: Tensor) -> None:
+        """Standardise the encoded numbers by the examples given."""
         if not features_BP.shape[1]:
             return
         encoded_BI = encode_numbers(features_BP.float(), self.bins)
@@ -129,7 +129,7 @@ class FeatureEncoder(nn.Module):
         spread_PI = encoded_BI.std(0).view(-1, self.bins + 2)
         scale_PI = torch.ones_like(spread_PI)
         scale_PI[:, 0] = 1 / spread_PI[:, 0].clamp(min=MIN_SPREAD)
-        self.scale_I.copy_((scale_PI * keep_P[:, None]).flatten())
+        self.scale_I.copy_(scale_PI.flatten())
 
     @torch.no_grad()
     def init_bag(self, name: str, matrix_VD: Tensor, idf_V: Tensor) -> None:

@@ -72,7 +72,8 @@ class NextEvent:
         for field, softmax in self.softmax.items():
             next_N = next_ids(batch, field)
             position = torch.nonzero(next_N >= FIRST_ID)[:, 0]
-            loss = softmax.losses(heads[self.head_name(field)], output.event_ND.index_select(0, position), next_N[position])
+            x_ND = output.event_ND.index_select(0, position)
+            loss = softmax.losses(heads[self.head_name(field)], x_ND, next_N[position])
             total = total + loss.float().sum() / (self.scale[field] * len(self.softmax))
         return total, self.count(batch)
 

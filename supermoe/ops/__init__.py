@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from supermoe.ops import attention, cross_entropy, grouped, random_bytes, reference
-from supermoe.ops.attention import IndicatorPacking, Packing
+from supermoe.ops.packing import IndicatorPacking, Packing, pack, pack_indicators
 from supermoe.ops.reference import Routing, activate
 
 __all__ = [
@@ -73,19 +73,6 @@ def expert_ffn(
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
-
-
-def pack(offsets_S: Tensor) -> Packing:
-    """Group the reads of one batch for `history_attention` so that padding takes at most a tenth of the work.
-
-    Reads may come in any order and may be empty. Made once per batch on the CPU, shared by all layers.
-    """
-    return attention.pack(offsets_S)
-
-
-def pack_indicators(offsets_S: Tensor, read_M: Tensor, visible_M: Tensor) -> IndicatorPacking:
-    """The same for `indicator_attention`; holds the masks of what each indicator may not see, too."""
-    return attention.pack_indicators(offsets_S, read_M, visible_M)
 
 
 def history_attention(

@@ -76,7 +76,7 @@ def _on_rows(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND, weight_VD, bias_V, offsets, ids, row, share, precision):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_ND, weight_VD, bias_V, offsets, ids, row, share, precision):
         targets = _Targets(offsets, ids, row, share)
         wanted = any(ctx.needs_input_grad[:3])
         loss_N, grads = _pass(x_ND, weight_VD, bias_V, targets, precision, wanted)
@@ -86,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_N):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_N):
         x_ND, weight_VD, bias_V, *rest = ctx.saved_tensors
         grads = rest[4:]
         scale = grad_N[:1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,14 +52,14 @@ class _Dispatch(torch.autograd.Function):
     """Rows of x in expert order; `order` counts (token, choice) pairs."""
 
     @staticmethod
-    def forward(ctx, x_ND, order, k):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x_ND: Tensor, order: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(order)
         ctx.k, ctx.num_tokens = k, len(x_ND)
         return x_ND.index_select(0, order // k)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_RD):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
         return _in_pairs(grad_RD, order, ctx.num_tokens, ctx.k).sum(dim=1), None, None
 
@@ -66,14 +68,14 @@ class _Combine(torch.autograd.Function):
     """Weighted sum over each token's choices, in the dtype of the rows."""
 
     @staticmethod
-    def forward(ctx, out_RD, weight_NK, order):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, out_RD: Tensor, weight_NK: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(out_RD, weight_NK, order)
         out_NKD = _in_pairs(out_RD, order, *weight_NK.shape)
         return torch.einsum("nkd,nk->nd", out_NKD, weight_NK.to(out_RD.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         out_RD, weight_NK, order = ctx.saved_tensors
         grad_RD = grad_ND.index_select(0, order // weight_NK.shape[1])
         grad_weight_R = torch.linalg.vecdot(grad_RD, out_RD).to(weight_NK.dtype)

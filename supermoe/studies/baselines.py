@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -36,27 +35,32 @@ CHUNK = 500  # examples ranked at once
 def boosting(store: Store, tasks: dict[str, Any], split: str) -> dict[str, dict[str, float]]:
     """Train a model per task on the training examples' features, evaluate on `split` -> metrics by task.
 
-    Numbers and classes: gradient boosting. Sets of few classes: ridge regression on all classes at once. Ids of a vocabulary:
-    gradient boosting of (example, id) pairs on the id's counts. Tasks asked of every event have no such baseline.
+    Numbers and classes: gradient boosting. Sets of few classes: ridge regression on all classes at once. Ids of a
+    vocabulary: gradient boosting of (example, id) pairs on the id's counts. Tasks asked of every event have no such
+    baseline.
     """
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        raise UserError("report.boosting needs scikit-learn: pip install 'supermoe[report]', or report.boosting=false") from None
+        raise UserError(
+            "report.boosting needs scikit-learn: pip install 'supermoe[report]', or report.boosting=false"
+        ) from None
     code = np.asarray(store.examples.split)
     train, test = (np.flatnonzero(code == SPLITS[name]) for name in ("train", split))
     inputs = _inputs(store, train)
+    if inputs.shape[1] == 0:
+        raise UserError("report.boosting: there are no `features` to learn from; declare some, or set it to false")
     found: dict[str, dict[str, float]] = {}
     for name, task in tqdm(tasks.items(), desc="baseline", leave=False):
         label = store.labels[name]
         if task.config.type == "next_item":
             continue
-        if task.config.type == "retrieval":
-            scores = _rank(store, task, label, train, test)
-        elif isinstance(label, IdLists):
-            scores = _ridge(inputs, task, label, train, test)
-        else:
+        if not isinstance(label, IdLists):
             scores = _trees(inputs, task, np.asarray(label), train, test)
+        elif task.config.type == "retrieval":
+            scores = _rank(store, task, label, train, test)
+        else:
+            scores = _ridge(inputs, task, label, train, test)
         found[name] = task.metrics(scores, label_rows(label, test))
     return found
 

@@ -82,9 +82,7 @@ def build_run(config: RunConfig, store: Store) -> Run:
         heads |= objective.head_specs()
         objective.fit_prior(field_counts(store))
     model = SuperMoE(store.schema, config.model, heads)
-    drifting = warm_start(model, store, config.seed)
-    if drifting:
-        print(f"{len(drifting)} of {len(store.schema.features)} features are not used, as they drift: {', '.join(drifting[:5])} ...")
+    warm_start(model, store, config.seed)
     for name, task in tasks.items():
         task.init_head(model.heads[name])
     for objective in pretraining.values():

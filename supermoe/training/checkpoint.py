@@ -140,7 +140,7 @@ def changes(saved: Any, current: Any, key: str = "") -> list[str]:
     return [f"{key} was {saved!r:.60} and is now {current!r:.60}"]
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What an error says; torch puts a traceback before it."""
     return getattr(error, "strerror", None) or str(error).rstrip().splitlines()[-1]
 

@@ -25,7 +25,7 @@ class RowwiseAdagrad(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no closure to call
         """Update the rows that were seen."""
         assert closure is None
         for group in self.param_groups:
@@ -66,7 +66,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
         if tables:
             optimizers.append(RowwiseAdagrad(tables, lr=table_lr))
     else:
-        groups.append({"params": tables, "weight_decay": 0.0, "lr": table_lr})
+        groups.append({"params": tables, "weight_decay": config.weight_decay, "lr": table_lr})
     groups = [group for group in groups if group["params"]]
     optimizers.insert(0, torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True))
     for optimizer in optimizers:

@@ -140,7 +140,7 @@ class Trainer:
         return self.model if self.average is None else self.average.module
 
     def load_best(self) -> Any:
-        """The model with the weights of the best evaluation, in evaluation mode; `UserError` if they are gone or damaged."""
+        """The model with the weights of the best evaluation, in evaluation mode; `UserError` if they are damaged."""
         folder = self.folder / "checkpoints"
         remedy = f"delete {folder} and run supermoe.train again, which trains from the beginning"
         self.evaluated_model().load_state_dict(read_weights(folder / BEST, remedy))
@@ -267,7 +267,7 @@ class Trainer:
 
     def _save(self) -> None:
         numpy_state = np.random.get_state(legacy=False)
-        numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()  # type: ignore[index]
+        numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
         state = {"progress": self.progress, "python_random": random.getstate(), "numpy_random": numpy_state}
         self.checkpoints.save(self.step, self._tensors(), state)
 

@@ -1,4 +1,4 @@
-"""The feature network starts where a data scientist would: standardised inputs without those that drift, TF-IDF bags and their SVD."""
+"""The feature network starts where a data scientist would: standardised inputs, TF-IDF bags and their singular vectors."""
 
 from __future__ import annotations
 
@@ -13,39 +13,19 @@ from supermoe.data.schema import FIRST_ID
 from supermoe.data.store import SPLITS, IdLists, Store
 
 MAX_EXAMPLES = 50_000  # enough to fix a few hundred directions; keeps the matrix in memory
-MAX_SHIFT = 0.12  # of a feature's mean rank, or of its share of missing values, between training and validation
 
 
-def warm_start(model: Any, store: Store, seed: int) -> list[str]:
-    """Fit the feature encoder's fixed parts on the training examples -> names of the features left out as they drift."""
-    train, later = _sample(store, "train", seed), _sample(store, "valid", seed)
+def warm_start(model: Any, store: Store, seed: int) -> None:
+    """Fit the fixed parts of the feature encoder on the training examples."""
+    train = np.flatnonzero(np.asarray(store.examples.split) == SPLITS["train"])
+    if len(train) > MAX_EXAMPLES:
+        train = np.sort(np.random.default_rng(seed).choice(train, MAX_EXAMPLES, replace=False))
     generator = torch.Generator().manual_seed(seed)
     encoder = model.indicators.features
     for name in encoder.bags:
         matrix_VD, idf_V = fit_bag(store.bags[name], train, store.schema.bags[name].size, encoder.bag_dim, generator)
         encoder.init_bag(name, matrix_VD, idf_V)
-    before_BP, after_BP = (torch.from_numpy(np.asarray(store.features)[rows]) for rows in (train, later))
-    stays_P = ~drifts(before_BP, after_BP) if len(later) else torch.ones(before_BP.shape[1], dtype=torch.bool)
-    encoder.init_numbers(before_BP, stays_P)
-    return [name for name, stays in zip(store.schema.features, stays_P.tolist(), strict=True) if not stays]
-
-
-def drifts(before_BP: Tensor, after_BP: Tensor) -> Tensor:
-    """Which features are distributed otherwise after training time, whatever the labels say -> bool [P].
-
-    Such a feature tells the training cuts apart (time since the first event, a campaign that is over); what is learnt
-    from it does not hold at the next cut.
-    """
-    moved_P = (before_BP.nanmean(0) - after_BP.nanmean(0)).abs().nan_to_num(1.0) > MAX_SHIFT
-    return moved_P | ((before_BP.isnan().float().mean(0) - after_BP.isnan().float().mean(0)).abs() > MAX_SHIFT)
-
-
-def _sample(store: Store, split: str, seed: int) -> np.ndarray:
-    """Rows of up to `MAX_EXAMPLES` examples of a split."""
-    rows = np.flatnonzero(np.asarray(store.examples.split) == SPLITS[split])
-    if len(rows) > MAX_EXAMPLES:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_EXAMPLES, replace=False))
-    return rows
+    encoder.init_numbers(torch.from_numpy(np.asarray(store.features)[train]))
 
 
 def fit_bag(
