@@ -118,7 +118,7 @@ class ModelConfig(Config):
     activation: Literal["gelu", "silu", "relu2", "swiglu"] = "gelu"
     dense_layers: int = Field(1, ge=0)  # blocks with a dense feed-forward before the MoE blocks
     moe: MoEConfig = Field(default_factory=lambda: MoEConfig())
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.3, ge=0, lt=1)
     head_dropout: float = Field(0.5, ge=0, lt=1)  # on what a task's head reads
     feature_dropout: float = Field(0.4, ge=0, lt=1)  # in the network of declared features and bags
     feature_layers: int = Field(2, ge=0)  # residual blocks of that network
@@ -138,30 +138,31 @@ class LossConfig(Config):
     """How the tasks' losses become one."""
 
     balancer: Annotated[Any, Seat("supermoe.objectives.balancers")] = "equal"
-    pretraining: dict[str, Annotated[Any, Seat("supermoe.objectives.pretraining")] | None] = Field(default_factory=dict)
+    # None: `next_event`, unless a task learns from events already; {} for none at all
+    pretraining: dict[str, Annotated[Any, Seat("supermoe.objectives.pretraining")] | None] | None = None
 
 
 class TrainingConfig(Config):
     """The loop."""
 
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(6, ge=1)
     max_steps: int | None = Field(None, ge=1)  # ends earlier than `epochs`
     max_minutes: float | None = Field(None, gt=0)  # wall-clock stop; such a run is not bit-reproducible
-    tokens_per_batch: int = Field(16384, ge=1)  # events of one micro-batch
-    examples_per_batch: int | None = Field(None, ge=1)
+    tokens_per_batch: int = Field(8192, ge=1)  # events of one micro-batch
+    examples_per_batch: int | None = Field(512, ge=1)
     accumulate: int = Field(1, ge=1)  # micro-batches per optimiser step
     optimizer: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1.5e-3, gt=0)
     table_optimizer: Literal["adamw", "rowwise_adagrad"] = "adamw"  # of the embedding tables
     table_lr: float | None = Field(None, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float | None = Field(None, ge=0)  # None: by the length of the run, see `training/optim.py`
     clip_norm: float = Field(1.0, gt=0)
     schedule: Literal["cosine", "constant_then_decay"] = "cosine"
     warmup_share: float = Field(0.05, ge=0, le=1)
     decay_share: float = Field(0.2, ge=0, le=1)  # of constant_then_decay
     precision: Literal["fp32", "bf16"] = "fp32"
-    ema: float | None = Field(None, gt=0, lt=1)  # decay per step of the averaged weights that count
+    ema: float | None = Field(0.98, gt=0, lt=1)  # decay per step of the averaged weights that count
     evaluate_every: int | None = Field(None, ge=1)  # steps; default: every epoch
     patience: int | None = Field(None, ge=1)  # evaluations without improvement before stopping
     checkpoint_every: int = Field(200, ge=1)  # steps

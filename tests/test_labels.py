@@ -214,7 +214,7 @@ def test_leave_one_out_asks_for_the_held_out_events(tmp_path):
         ("set", {"sql": "min(item)"}, ["tasks.asked.label", "a list"]),
         ("number", {"sql": "1", "empty": 1}, ["tasks.asked", "all 3 labels", "tasks.asked=null"]),
         ("number", {"sql": "sum(amount)", "empty": True}, ["tasks.asked.label.empty", "True does not fit", "double"]),
-        ("number", {"sql": "count(*) > 3", "empty": "no"}, ["tasks.asked.label.empty", "'no' does not fit", "bool"]),
+        ("number", {"sql": "count(*) > 3", "empty": "maybe"}, ["tasks.asked.label.empty", "'maybe' does not", "bool"]),
         ("class", {"sql": "'one'"}, ["tasks.asked", "are the same"]),
         ("number", {"sql": "sum(amount)", "events": ["sell"]}, ["tasks.asked.label.events", "'sell'", "buy"]),
         ("number", {"sql": "count(*)", "table": "return"}, ["tasks.asked.label.table", "did you mean 'returns'"]),

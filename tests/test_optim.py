@@ -20,7 +20,7 @@ def make_model(sparse: bool = False) -> nn.Sequential:
 def groups_of(config: TrainingConfig) -> dict[str, dict]:
     model = make_model()
     names = {id(p): name for name, p in model.named_parameters()}
-    optimizers = build_optimizers(model, config)
+    optimizers = build_optimizers(model, config, 100)
     found = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -60,7 +60,7 @@ def test_sparse_gradients_give_the_same_update_as_dense_ones() -> None:
     for sparse in (False, True):
         model = make_model(sparse)
         config = TrainingConfig(table_optimizer="rowwise_adagrad", lr=0.1)
-        optimizers = build_optimizers(model, config)
+        optimizers = build_optimizers(model, config, 100)
         model(torch.tensor([1, 4, 4])).pow(3).sum().backward()
         norm = clip_gradients(model, 0.01)
         for optimizer in optimizers:
@@ -91,7 +91,7 @@ def test_schedules() -> None:
 
 
 def test_set_lr_scales_each_groups_own_rate() -> None:
-    optimizers = build_optimizers(make_model(), TrainingConfig(lr=0.2, table_lr=0.4))
+    optimizers = build_optimizers(make_model(), TrainingConfig(lr=0.2, table_lr=0.4), 100)
     for factor in (0.5, 0.25):
         set_lr(optimizers, factor)
         assert {group["lr"] for group in optimizers[0].param_groups} == {0.2 * factor, 0.4 * factor}

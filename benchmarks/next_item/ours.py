@@ -11,12 +11,14 @@ import harness
 import torch
 
 from supermoe.config import load_run
+from supermoe.data.batches import Batches
 from supermoe.data.prepare import prepare
-from supermoe.training.build import batches, build_run
+from supermoe.training.build import build_run
 from supermoe.training.metrics import MetricsLog
 
 CONFIG = Path(__file__).parent.parent / "movielens.yaml"
 STEPS = 6
+TOKENS = 16384  # of a batch of users to embed
 
 
 class Training:
@@ -27,9 +29,8 @@ class Training:
         self.trainer, self.model = run.trainer, run.model
         self.steps = self.trainer._steps()
         self.log = MetricsLog(config.run, 0, False)
-        self.valid = batches(config, store, "valid")
-        # every eighth batch, from the longest histories to the shortest
-        self.to_embed = list(self.valid.epoch(0))[::8]
+        users = Batches(store, "valid", max_events=config.model.max_events, tokens_per_batch=TOKENS)
+        self.to_embed = list(users.epoch(0))[::4]  # from the longest histories to the shortest
         self.loading = itertools.chain.from_iterable(run.trainer.train.epoch(epoch) for epoch in itertools.count())
 
     def train(self) -> int:

@@ -209,10 +209,12 @@ def _sort(
     by_user = (
         f'SELECT user_row, first_row, time, {listed}, file_order FROM {events} JOIN ({people}) ON "user" = _person'
     )
-    rows = f"SELECT user_row::BIGINT AS user_row, first_row, time, {names} FROM ({by_user}) ORDER BY user_row, time, file_order"
+    selected = f"SELECT user_row::BIGINT AS user_row, first_row, time, {names} FROM ({by_user})"
     # looking for a dictionary in columns of many values would cost a fifth of the sort
     options = "FORMAT parquet, DICTIONARY_SIZE_LIMIT 5000"
-    execute_with_progress(con, f"COPY ({rows}) TO {text(str(path))} ({options})", "sort the log")
+    execute_with_progress(
+        con, f"COPY ({selected} ORDER BY user_row, time, file_order) TO {text(str(path))} ({options})", "sort the log"
+    )
     con.execute(
         f"CREATE OR REPLACE VIEW log AS SELECT user_row, file_row_number - first_row AS position, time, {names}, "
         f"file_row_number AS row FROM read_parquet({text(str(path))})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,22 @@ class KeyValues:
 
     def with_gradient(self, share: float) -> KeyValues:
         """The same values, through which only a share of the gradient flows back."""
-        return KeyValues(*(x.detach() if share == 0 else torch.lerp(x.detach(), x, share) for x in (self.k_NHA, self.v_NHA)))
+        if share == 0:
+            return KeyValues(self.k_NHA.detach(), self.v_NHA.detach())
+        return KeyValues(_ShareGradient.apply(self.k_NHA, share), _ShareGradient.apply(self.v_NHA, share))
+
+
+class _ShareGradient(torch.autograd.Function):
+    """The same values, without a copy; their gradient times `share`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.share, None
 
 
 class Rotary(nn.Module):

@@ -23,6 +23,13 @@ class PretrainingConfig(Config):
     weight: float = Field(1.0, gt=0)  # in the sum of losses
 
 
+def default_fields(schema: Schema) -> list[str]:
+    """The category fields that labels are about, or else the one with the most values; none where there is no such field."""
+    sizes = {name: field.size for name, field in schema.fields.items() if field.kind == "category"}
+    asked = {label.field or label.source for label in schema.labels.values()}
+    return [name for name in sizes if name in asked] or sorted(sizes, key=lambda name: -sizes[name])[:1]
+
+
 class NextEvent:
     """At every event, predict fields of the next event of the same read.
 
@@ -32,12 +39,12 @@ class NextEvent:
 
     class Config(PretrainingConfig):
         type: str = "next_event"
-        fields: list[str] = Field(default_factory=list)  # category fields; default: all
+        fields: list[str] = Field(default_factory=list)  # category fields; default: those that labels are about
         negatives: Negatives = "auto"  # see the task next_item
 
     def __init__(self, config: Any, *, name: str, schema: Schema):
         self.config, self.name = config, name
-        fields = config.fields or [field for field, declared in schema.fields.items() if declared.kind == "category"]
+        fields = config.fields or default_fields(schema)
         if not fields:
             raise UserError(f"loss.pretraining.{name}: the events have no category field to predict")
         key = f"loss.pretraining.{name}.fields"

@@ -19,6 +19,7 @@ from supermoe.data.store import REMEDY, Store
 from supermoe.model.heads import HeadSpec
 from supermoe.model.supermoe import SuperMoE
 from supermoe.objectives.objective import Objective
+from supermoe.objectives.pretraining import NextEvent
 from supermoe.objectives.task import Task, asked
 from supermoe.training.evaluation import Evaluation, evaluate
 from supermoe.training.router_health import EVENT
@@ -72,12 +73,11 @@ def build_run(config: RunConfig, store: Store) -> Run:
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     tasks = build_tasks(config, store)
+    heads = {name: task.head_spec() for name, task in tasks.items()}
     pretraining = {
         name: build("supermoe.objectives.pretraining", item, name=name, schema=store.schema)
-        for name, item in config.loss.pretraining.items()
-        if item is not None
+        for name, item in pretraining_configs(config, store, heads).items()
     }
-    heads = {name: task.head_spec() for name, task in tasks.items()}
     for objective in pretraining.values():
         heads |= objective.head_specs()
         objective.fit_prior(field_counts(store))
@@ -100,6 +100,15 @@ def build_run(config: RunConfig, store: Store) -> Run:
         event_names=event_names(store),
     )
     return Run(config, store, tasks, heads, model, trainer)
+
+
+def pretraining_configs(config: RunConfig, store: Store, heads: dict[str, HeadSpec]) -> dict[str, Any]:
+    """What the config asks for; by default `next_event`, unless a task learns from events or these have no category field."""
+    if config.loss.pretraining is not None:
+        return {name: item for name, item in config.loss.pretraining.items() if item is not None}
+    reads_events = any(spec.reads == "event" for spec in heads.values())
+    has_category = any(field.kind == "category" for field in store.schema.fields.values())
+    return {} if reads_events or not has_category else {"next_event": NextEvent.Config()}
 
 
 def build_tasks(config: RunConfig, store: Store) -> dict[str, Task]:

@@ -14,6 +14,9 @@ from supermoe.config import TrainingConfig
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
+DECAY_OVER_RUN = 0.4
+
+
 class RowwiseAdagrad(torch.optim.Optimizer):
     """Adagrad with one accumulator per row of a table, as in FBGEMM.
 
@@ -48,16 +51,19 @@ class RowwiseAdagrad(torch.optim.Optimizer):
         param[row] -= lr * grad_rows / (total_R[row].sqrt() + eps)[:, None].to(param.dtype)
 
 
-def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: TrainingConfig, num_steps: int) -> list[torch.optim.Optimizer]:
     """AdamW for the dense weights, and the configured optimiser for the embedding tables (parameters with `is_table`).
 
-    Matrices decay; norms, biases and tables do not: decay would pull rows to zero while their ids are not seen.
+    Matrices decay, norms and biases do not. Unless it is given, the decay d follows from the length of the run, so that
+    d * lr * num_steps = `DECAY_OVER_RUN`: what weights forget over a run is then the same for small and for large logs
+    (arXiv 2405.13698, on the timescale of AdamW's average).
     """
+    decay = DECAY_OVER_RUN / (config.lr * num_steps) if config.weight_decay is None else config.weight_decay
     params = [p for p in model.parameters() if p.requires_grad]
     tables = [p for p in params if getattr(p, "is_table", False)]
     dense = [p for p in params if not getattr(p, "is_table", False)]
     groups = [
-        {"params": [p for p in dense if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in dense if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for p in dense if p.ndim < 2], "weight_decay": 0.0},
     ]
     table_lr = config.table_lr or config.lr
@@ -66,7 +72,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
         if tables:
             optimizers.append(RowwiseAdagrad(tables, lr=table_lr))
     else:
-        groups.append({"params": tables, "weight_decay": config.weight_decay, "lr": table_lr})
+        groups.append({"params": tables, "weight_decay": decay, "lr": table_lr})
     groups = [group for group in groups if group["params"]]
     optimizers.insert(0, torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True))
     for optimizer in optimizers:

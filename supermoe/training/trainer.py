@@ -60,12 +60,12 @@ class Trainer:
         self.train, self.event_names = train, event_names
         self.valid = valid if valid is not None and len(valid) else None
         self.device = next(model.parameters()).device
-        self.optimizers = build_optimizers(model, config)
         self.average = average_weights(model, config.ema) if config.ema else None
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, identity)
         self.steps_per_epoch = -(-len(train) // config.accumulate)
         whole = config.epochs * self.steps_per_epoch
         self.num_steps = min(whole, config.max_steps or whole)
+        self.optimizers = build_optimizers(model, config, self.num_steps)
         self.step = 0
         self.progress: dict[str, Any] = {"best_step": None, "best_gain": None, "unimproved": 0}
         self.progress |= {"minutes": 0.0, "finished": False}
