@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from factories import check_gradients, make_batch, make_schema
 
 from supermoe.config import ModelConfig
 from supermoe.data.batch import Jagged
 from supermoe.data.schema import Schema
-from supermoe.model.feature_encoder import Bag, FeatureEncoder, encode_numbers
+from supermoe.model.feature_encoder import MIN_SPREAD, Bag, FeatureEncoder, encode_numbers
 
 CONFIG = ModelConfig(dim=8, heads=2, number_bins=4, bag_dim=6)
 
@@ -44,13 +45,13 @@ def test_init_bag_sets_table_and_idf_of_one_bag() -> None:
 
 def test_every_feature_and_bag_matters_to_its_example_only() -> None:
     encoder, batch = FeatureEncoder(make_schema(), CONFIG).eval(), make_batch()
-    f_BD = encoder(batch)
+    f_BD, _ = encoder(batch)
     features_BP = batch.features_BP.clone()
     features_BP[1, 0] = 0.77
-    changed = encoder(dataclasses.replace(batch, features_BP=features_BP))
+    changed, _ = encoder(dataclasses.replace(batch, features_BP=features_BP))
     assert (changed != f_BD).any(1).tolist() == [False, True, False, False, False]
     empty = Jagged(torch.zeros(6, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    changed = encoder(dataclasses.replace(batch, bags={**batch.bags, "type_all": empty}))
+    changed, _ = encoder(dataclasses.replace(batch, bags={**batch.bags, "type_all": empty}))
     had_ids = batch.bags["type_all"].offsets.diff() > 0
     assert torch.equal((changed != f_BD).any(1), had_ids)
 
@@ -58,17 +59,46 @@ def test_every_feature_and_bag_matters_to_its_example_only() -> None:
 def test_without_features_the_vector_is_zero_and_there_is_no_network() -> None:
     schema = Schema(fields=make_schema().fields)
     encoder = FeatureEncoder(schema, CONFIG)
-    assert encoder(make_batch(schema=schema)).tolist() == [[0.0] * 8] * 5
+    f_BD, direct_BX = encoder(make_batch(schema=schema))
+    assert f_BD.tolist() == [[0.0] * 8] * 5
+    assert direct_BX.shape == (5, encoder.direct_dim) == (5, 0)
     assert list(encoder.parameters()) == []
 
 
 def test_dropout_is_for_training() -> None:
     encoder, batch = FeatureEncoder(make_schema(), CONFIG), make_batch()
-    assert not torch.equal(encoder(batch), encoder(batch))
+    assert not torch.equal(encoder(batch)[0], encoder(batch)[0])
     encoder.eval()
-    assert torch.equal(encoder(batch), encoder(batch))
+    assert torch.equal(encoder(batch)[0], encoder(batch)[0])
 
 
 def test_gradients() -> None:
     encoder, batch = FeatureEncoder(make_schema(), CONFIG).eval(), make_batch()
-    check_gradients(encoder, lambda: encoder(batch))
+    check_gradients(encoder, lambda: encoder(batch)[0])
+
+
+def test_direct_outputs_are_the_leading_directions_of_the_longest_bag_of_every_field() -> None:
+    encoder, batch = FeatureEncoder(make_schema(), CONFIG), make_batch()
+    _, direct_BX = encoder(batch)  # in training: they are not dropped out
+    longest = encoder.bags["type_all"](batch.bags["type_all"])
+    assert torch.equal(direct_BX[:, : longest.shape[1]], longest)
+    assert not direct_BX.requires_grad
+
+
+def test_numbers_are_standardised_by_the_examples_given() -> None:
+    encoder = FeatureEncoder(make_schema(), CONFIG)
+    shares_BP = torch.rand(500, len(make_schema().features))
+    shares_BP[::7, 0] = torch.nan
+    encoder.init_numbers(shares_BP)
+    encoded_BI = (encode_numbers(shares_BP, encoder.bins) - encoder.center_I) * encoder.scale_I
+    torch.testing.assert_close(encoded_BI.mean(0), torch.zeros_like(encoder.center_I), atol=1e-5, rtol=0)  # fp32 sums of 500
+    deviates_BP = encoded_BI.view(500, -1, encoder.bins + 2)[:, :, 0]
+    torch.testing.assert_close(deviates_BP.std(0), torch.ones(shares_BP.shape[1]))
+
+
+def test_a_feature_that_hardly_varies_is_not_blown_up() -> None:
+    encoder = FeatureEncoder(make_schema(), CONFIG)
+    shares_BP = torch.full((500, len(make_schema().features)), 0.5)
+    shares_BP[0] = 0.6
+    encoder.init_numbers(shares_BP)
+    assert encoder.scale_I.max() == pytest.approx(1 / MIN_SPREAD)

@@ -32,7 +32,7 @@ def groups_of(config: TrainingConfig) -> dict[str, dict]:
 def test_every_parameter_has_one_group_and_only_matrices_decay() -> None:
     groups = groups_of(TrainingConfig(weight_decay=0.3, lr=1e-3, table_lr=5e-3))
     assert {name: group["weight_decay"] for name, group in groups.items()} == {
-        "0.weight": 0.0,
+        "0.weight": 0.3,
         "1.weight": 0.3,
         "1.bias": 0.0,
         "2.weight": 0.0,
@@ -41,6 +41,13 @@ def test_every_parameter_has_one_group_and_only_matrices_decay() -> None:
     assert (groups["0.weight"]["lr"], groups["1.weight"]["lr"]) == (5e-3, 1e-3)
     rowwise = groups_of(TrainingConfig(table_optimizer="rowwise_adagrad"))
     assert (rowwise["0.weight"]["kind"], rowwise["1.weight"]["kind"]) == ("RowwiseAdagrad", "AdamW")
+
+
+def test_the_default_decay_forgets_the_same_share_over_runs_of_any_length() -> None:
+    model, config = make_model(), TrainingConfig(lr=2e-3)
+    for num_steps in (50, 5000):
+        decay = build_optimizers(model, config, num_steps)[0].param_groups[0]["weight_decay"]
+        assert decay * config.lr * num_steps == pytest.approx(0.4)
 
 
 def test_rowwise_adagrad_by_hand() -> None:

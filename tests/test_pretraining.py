@@ -4,9 +4,9 @@ import pytest
 import torch
 from fake_run import make_model, make_run_batch, run_schema
 
-from supermoe.data.schema import FIRST_ID
+from supermoe.data.schema import FIRST_ID, LabelSchema
 from supermoe.objectives.event_softmax import entropy
-from supermoe.objectives.pretraining import NextEvent
+from supermoe.objectives.pretraining import NextEvent, default_fields
 from supermoe.typed_yaml import UserError
 
 
@@ -16,8 +16,14 @@ def make(fields: list[str]) -> NextEvent:
     return objective
 
 
-def test_default_is_every_category() -> None:
-    assert list(make([]).head_specs()) == ["next__type", "next__store"]
+def test_default_is_what_labels_are_about_or_else_the_largest_field() -> None:
+    schema = run_schema()
+    without = schema.model_copy(update={"labels": {}})
+    largest = max((f for f in schema.fields if schema.fields[f].kind == "category"), key=lambda f: schema.fields[f].size)
+    assert default_fields(without) == [largest]
+    asked = schema.model_copy(update={"labels": {"x": LabelSchema(kind="class", source="store", num_classes=2)}})
+    assert default_fields(asked) == ["store"]
+    assert default_fields(schema.model_copy(update={"fields": {}})) == []
 
 
 def test_loss_is_the_mean_over_fields_on_the_scale_of_their_priors() -> None:
