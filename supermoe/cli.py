@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from supermoe.config import RunConfig, load_run
 from supermoe.typed_yaml import UserError, dump
+
+
+class _PrintSchema(argparse.Action):
+    """Prints what editors check a config against, as configs/schema.json holds it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        print(json.dumps(RunConfig.model_json_schema(), indent=1))
+        parser.exit()
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -16,6 +26,7 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--print-schema", action=_PrintSchema, nargs=0, help="print the JSON schema of configs and stop")
     parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="laid over the file, values in YAML")
     return parser
 

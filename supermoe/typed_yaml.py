@@ -138,13 +138,12 @@ class Seat:
         return core_schema.no_info_plain_validator_function(self._validate, serialization=dump_json)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
-        registry = importlib.import_module(self.module).REGISTRY
         options = []
-        for name, cls in sorted(registry.items()):
-            option = cls.Config.model_json_schema()
-            option["properties"]["type"] = {"const": name}
+        for name, cls in sorted(importlib.import_module(self.module).REGISTRY.items()):
+            option = handler(cls.Config.__pydantic_core_schema__)
+            handler.resolve_ref_schema(option)["properties"]["type"] = {"const": name}
             options.append(option)
-        return {"anyOf": options}
+        return {"anyOf": [{"type": "string"}, *options]}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

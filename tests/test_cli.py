@@ -60,3 +60,10 @@ def test_an_interrupted_command_says_how_to_go_on(capsys: pytest.CaptureFixture)
 def test_our_own_mistakes_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: print(1 / 0))
+
+
+def test_the_schema_for_editors_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.config_parser("").parse_args(["--print-schema"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == Path("configs/schema.json").read_text(encoding="utf-8")

@@ -91,10 +91,10 @@ class Rotary(nn.Module):
         return torch.complex(angle_NA.cos(), angle_NA.sin())
 
 
-def rotate(x_NCHA: Tensor, turn_NA: Tensor) -> Tensor:
+def rotate(x_NHA: Tensor, turn_NA: Tensor) -> Tensor:
     """Turn the pairs (x_2i, x_2i+1) of every head by their angles: complex numbers do it in one pass."""
-    pairs = torch.view_as_complex(x_NCHA.to(turn_NA.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn_NA[:, None, None]).flatten(-2).to(x_NCHA.dtype)
+    pairs = torch.view_as_complex(x_NHA.to(turn_NA.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn_NA[:, None]).flatten(-2).to(x_NHA.dtype)
 
 
 class Attention(nn.Module):
@@ -117,8 +117,8 @@ class Attention(nn.Module):
     def remember(self, x_ND: Tensor, layout: EventLayout, past: KeyValues | None) -> KeyValues:
         """The keys and values that `history` gives, without its outputs."""
         kv_ND = F.linear(x_ND, self.qkv.weight[self.qkv.in_features :])
-        k_N1HA, v_N1HA = kv_ND.view(len(x_ND), 2, self.heads, self.head_dim).split(1, dim=1)
-        return _join(past, rotate(k_N1HA, layout.turn).squeeze(1), v_N1HA.squeeze(1), layout)
+        k_NHA, v_NHA = kv_ND.view(len(x_ND), 2, self.heads, self.head_dim).unbind(1)
+        return _join(past, rotate(k_NHA, layout.turn), v_NHA, layout)
 
     def indicators(self, x_MD: Tensor, layout: IndicatorLayout, known: KeyValues) -> Tensor:
         """Each indicator attends to the events it may see and to itself -> y_MD."""
@@ -130,10 +130,9 @@ class Attention(nn.Module):
 
     def _project(self, x_ND: Tensor, turn_NA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys and values."""
-        qkv_N3HA = self.qkv(x_ND).view(len(x_ND), 3, self.heads, self.head_dim)
-        qk_N2HA, v_N1HA = qkv_N3HA.split([2, 1], dim=1)  # one gradient tensor; slices would fill and add one each
-        q_NHA, k_NHA = rotate(qk_N2HA, turn_NA).unbind(1)
-        return q_NHA, k_NHA, v_N1HA.squeeze(1)
+        # `unbind` gathers one gradient of all three; slices would each fill a tensor of their own with zeros.
+        q_NHA, k_NHA, v_NHA = self.qkv(x_ND).view(len(x_ND), 3, self.heads, self.head_dim).unbind(1)
+        return rotate(q_NHA, turn_NA), rotate(k_NHA, turn_NA), v_NHA
 
 
 def _join(past: KeyValues | None, k_NHA: Tensor, v_NHA: Tensor, layout: EventLayout) -> KeyValues:
