@@ -22,21 +22,8 @@ def complete_journey(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def train_step(result: dict[str, Any]) -> list[list[str]]:
-    """Rate and memory of every contender and measure."""
-    lines = [["contender", "measure", "units per CPU second", "ours is faster by", "peak MB"]]
-    for row in result["rows"]:
-        if "skipped" in row:
-            lines.append([row["contender"], f"skipped: {row['skipped'][:60]}", "", "", ""])
-        else:
-            rate, ratio, memory = (row[key] for key in ("per_cpu_second", "ratio", "peak_rss_mb"))
-            lines.append([row["contender"], row["measure"], f"{rate:,.0f}", f"{ratio:.2f}", f"{memory:,.0f}"])
-    return lines
-
-
 TABLES: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "complete_journey": complete_journey,
-    "train_step": train_step,
 }
 
 
