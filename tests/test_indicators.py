@@ -24,20 +24,20 @@ def make_indicators() -> tuple[Indicators, Batch]:
 
 def test_every_question_is_asked_about_every_example() -> None:
     indicators, batch = make_indicators()
-    x_QBD = indicators(batch, LAST_B, SEEN_B)
+    x_QBD, _ = indicators(batch, LAST_B, SEEN_B)
     assert x_QBD.shape == (2, 5, 8)
     assert (x_QBD[0] != x_QBD[1]).any(1).all()
     with torch.no_grad():
         indicators.questions["churn"].vector_D += torch.randn(8)
-    changed = indicators(batch, LAST_B, SEEN_B)
+    changed, _ = indicators(batch, LAST_B, SEEN_B)
     assert torch.equal(changed[0], x_QBD[0])
     assert (changed[1] != x_QBD[1]).any(1).all()
 
 
 def test_time_since_the_last_event_counts_where_there_is_one() -> None:
     indicators, batch = make_indicators()
-    earlier = indicators(batch, LAST_B - 30 * DAY, SEEN_B)
-    changed = (earlier != indicators(batch, LAST_B, SEEN_B)).any(2)
+    earlier, _ = indicators(batch, LAST_B - 30 * DAY, SEEN_B)
+    changed = (earlier != indicators(batch, LAST_B, SEEN_B)[0]).any(2)
     assert changed.tolist() == [SEEN_B.tolist()] * 2
 
 
@@ -46,7 +46,7 @@ def test_a_closed_gate_keeps_the_features_out_of_one_question() -> None:
     with torch.no_grad():
         indicators.questions["churn"].gate_D.zero_()
     other = dataclasses.replace(batch, features_BP=(1 - batch.features_BP).nan_to_num(0.3))
-    changed = (indicators(other, LAST_B, SEEN_B) != indicators(batch, LAST_B, SEEN_B)).any(2)
+    changed = (indicators(other, LAST_B, SEEN_B)[0] != indicators(batch, LAST_B, SEEN_B)[0]).any(2)
     assert changed.tolist() == [[True] * 5, [False] * 5]
 
 
@@ -54,6 +54,6 @@ def test_gradients() -> None:
     indicators, batch = make_indicators()
 
     def asked() -> Tensor:
-        return indicators(batch, LAST_B, SEEN_B)
+        return indicators(batch, LAST_B, SEEN_B)[0]
 
     check_gradients(indicators, asked)

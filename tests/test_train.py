@@ -66,8 +66,8 @@ def test_the_same_command_again_trains_no_further(copy: Path, capsys: pytest.Cap
 
 def test_a_changed_config_is_refused_and_the_run_is_untouched(copy: Path) -> None:
     before = contents(copy)
-    with pytest.raises(UserError, match=r"training\.lr was 0\.001 and is now 0\.5"):
-        main(["--config", str(copy / "config.yaml"), f"run={copy}", "training.lr=0.5"])
+    with pytest.raises(UserError, match=r"seed was 0 and is now 1"):
+        main(["--config", str(copy / "config.yaml"), f"run={copy}", "seed=1"])
     assert contents(copy) == before
 
 
