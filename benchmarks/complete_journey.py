@@ -2,8 +2,8 @@
 
     python benchmarks/complete_journey.py [--seeds 5] [--jobs 1] [a.b=c ...]
 
-Writes benchmarks/results/complete_journey.json: per task the test metric of every seed, their mean, and the half-width of the
-95 % interval of the mean (Student's t; over seeds, for attributes over seeds and folds at once).
+Writes benchmarks/results/complete_journey.json: per task the test metric of every seed, their mean, and the half-width
+of the 95 % interval of the mean (Student's t; over seeds, for attributes over seeds and folds at once).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def train(seed: int, folder: Path, overrides: list[str]) -> tuple[dict, float]:
 
 
 def summarise(reports: list[dict]) -> dict[str, dict]:
-    """Per task: the metric's name, its values by seed, mean and 95 % half-width, and the means of prior and boosting."""
+    """Per task: the metric's name, values by seed, mean and 95 % half-width, and the means of prior and boosting."""
     tasks = {}
     for name, first in reports[0]["tasks"].items():
         main = first["main_metric"]

@@ -45,7 +45,9 @@ def main() -> None:
     """Rewrite the README's tables, or with --check exit 1 where they differ from the rows."""
     text = README.read_text(encoding="utf-8")
     if "--check" in sys.argv[1:]:
-        raise SystemExit(0 if filled(text) == text else "README tables differ from benchmarks/results: run benchmarks/report.py")
+        raise SystemExit(
+            0 if filled(text) == text else "README tables differ from benchmarks/results: run benchmarks/report.py"
+        )
     README.write_text(filled(text), encoding="utf-8")
 
 

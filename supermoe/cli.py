@@ -26,7 +26,7 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--print-schema", action=_PrintSchema, nargs=0, help="print the JSON schema of configs and stop")
+    parser.add_argument("--print-schema", action=_PrintSchema, nargs=0, help="print the JSON schema and stop")
     parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="laid over the file, values in YAML")
     return parser
 

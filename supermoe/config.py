@@ -124,7 +124,7 @@ class ModelConfig(Config):
     feature_layers: int = Field(2, ge=0)  # residual blocks of that network
     bag_dim: int = Field(64, ge=1)  # width of a bag's table, before it enters the feature network
     number_bins: int = Field(8, ge=2)  # knots of the piecewise-linear number encoding
-    task_gradient: float = Field(0.1, ge=0, le=1)  # share of the tasks' gradient that reaches the history pass, see docs
+    task_gradient: float = Field(0.1, ge=0, le=1)  # share of the tasks' gradient that reaches the history
     readout: Annotated[Any, Seat("supermoe.model.readouts")] = "indicator"
 
     @model_validator(mode="after")

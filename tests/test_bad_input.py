@@ -204,7 +204,7 @@ STORED: list[Case] = [
      truncate("run/checkpoints/step_*/*.distcp")),
     ("checkpoint of another version", TRAIN, "checkpoint format 99 ... continue with the version that wrote it",
      mark("run/checkpoints/step_00000001/checkpoint.json", version=99)),
-    ("changed config", f"{TRAIN} seed=1", "run was started with another config: seed was 0 and is now 1. Restore these"),
+    ("changed config", f"{TRAIN} seed=1", "started with another config: seed was 0 and is now 1. Restore these values"),
     ("truncated best weights", EVALUATE, "run/checkpoints/best.safetensors is truncated or damaged ... delete",
      truncate("run/checkpoints/best.safetensors")),
     ("missing best weights", TRAIN, "run/checkpoints/best.safetensors: it is missing; delete",

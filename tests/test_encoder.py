@@ -111,5 +111,16 @@ def test_read_starts() -> None:
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_gradients(activation: str) -> None:
-    encoder = make_encoder(CONFIG.model_copy(update={"activation": activation, "layers": 2}))
+    encoder = make_encoder(CONFIG.model_copy(update={"activation": activation, "layers": 2, "task_gradient": 1.0}))
     check_gradients(encoder, lambda *x: torch.cat(ask(encoder, *x)), random(8), random(4))
+
+
+def test_a_share_of_the_gradient_of_answers_reaches_the_events() -> None:
+    def gradient(share: float) -> Tensor:
+        encoder, x_ND = make_encoder(CONFIG.model_copy(update={"task_gradient": share})), random(8).requires_grad_()
+        ask(encoder, x_ND, random(4))[1].sum().backward()
+        return torch.zeros_like(x_ND) if x_ND.grad is None else x_ND.grad
+
+    assert gradient(1.0).abs().sum() > 0
+    torch.testing.assert_close(gradient(0.25), 0.25 * gradient(1.0))
+    assert not gradient(0.0).any()

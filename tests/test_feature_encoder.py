@@ -91,7 +91,9 @@ def test_numbers_are_standardised_by_the_examples_given() -> None:
     shares_BP[::7, 0] = torch.nan
     encoder.init_numbers(shares_BP)
     encoded_BI = (encode_numbers(shares_BP, encoder.bins) - encoder.center_I) * encoder.scale_I
-    torch.testing.assert_close(encoded_BI.mean(0), torch.zeros_like(encoder.center_I), atol=1e-5, rtol=0)  # fp32 sums of 500
+    torch.testing.assert_close(
+        encoded_BI.mean(0), torch.zeros_like(encoder.center_I), atol=1e-5, rtol=0
+    )  # fp32 sums of 500
     deviates_BP = encoded_BI.view(500, -1, encoder.bins + 2)[:, :, 0]
     torch.testing.assert_close(deviates_BP.std(0), torch.ones(shares_BP.shape[1]))
 

@@ -19,7 +19,9 @@ def make(fields: list[str]) -> NextEvent:
 def test_default_is_what_labels_are_about_or_else_the_largest_field() -> None:
     schema = run_schema()
     without = schema.model_copy(update={"labels": {}})
-    largest = max((f for f in schema.fields if schema.fields[f].kind == "category"), key=lambda f: schema.fields[f].size)
+    largest = max(
+        (f for f in schema.fields if schema.fields[f].kind == "category"), key=lambda f: schema.fields[f].size
+    )
     assert default_fields(without) == [largest]
     asked = schema.model_copy(update={"labels": {"x": LabelSchema(kind="class", source="store", num_classes=2)}})
     assert default_fields(asked) == ["store"]

@@ -176,7 +176,7 @@ def test_every_weight_gets_a_gradient(options: dict[str, Any]) -> None:
 
 def test_gradients() -> None:
     heads = {name: HEADS[name] for name in ("churn", "next_type", "pretrain")}
-    model = make_model(heads, dim=8, layers=2, number_bins=2)
+    model = make_model(heads, dim=8, layers=2, number_bins=2, task_gradient=1.0)
     batch = make_batch([3, 2], [(0, 3), (0, 1), (1, 2)])
     fields = {**batch.fields, "type": batch.fields["type"].clamp(min=1), "store": batch.fields["store"].clamp(min=1)}
     known = dataclasses.replace(batch, fields=fields)  # the padding row has a value but no gradient

@@ -55,13 +55,17 @@ def main(folder: Path) -> None:
         ratings.rename(columns={"user": "user_id", "item": "item_id", "time": "datetime"}).assign(weight=1.0)
     )
     rounds = Rounds()
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     model = SASRecModel(
-        n_blocks=2, n_heads=1, n_factors=64, session_max_len=MAX_LENGTH, dropout_rate=0.2, loss="softmax", batch_size=128,
-        get_trainer_func=lambda: Trainer(
-            accelerator="cpu", max_epochs=1000, callbacks=[rounds], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
-        ),
-    )  # fmt: skip
+        n_blocks=2,
+        n_heads=1,
+        n_factors=64,
+        session_max_len=MAX_LENGTH,
+        dropout_rate=0.2,
+        loss="softmax",
+        batch_size=128,
+        get_trainer_func=lambda: Trainer(accelerator="cpu", max_epochs=1000, callbacks=[rounds], **quiet),
+    )
 
     @torch.no_grad()
     def embed(network: Any) -> int:

@@ -1,1 +1,1 @@
-"""data"""
+"""From a log to packed batches."""

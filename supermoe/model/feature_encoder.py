@@ -36,8 +36,8 @@ def encode_numbers(features_BP: Tensor, bins: int) -> Tensor:
 class Bag(nn.Module):
     """A bag of counts as L2-normalised TF-IDF through a table: sum_v w_v E_v / |w|, w_v = log(1 + count_v) idf_v.
 
-    The table holds singular vectors, leading ones first (`FeatureEncoder.init_bag`), and is not learnt: what an id means to
-    the tasks is learnt by the event embedding; here a small data set would only be memorised.
+    The table holds singular vectors, leading ones first (`FeatureEncoder.init_bag`), and is not learnt: what an id
+    means to the tasks is learnt by the event embedding; here a small data set would only be memorised.
     """
 
     table_VD: Tensor

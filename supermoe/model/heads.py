@@ -22,8 +22,8 @@ PRIOR_COUNTS = 60.0  # counts that a field head's prior is worth beside a user's
 class HeadSpec:
     """What a task or a pre-training objective needs.
 
-    `linear`: `size` logits; with `field` the classes are that event field's ids, or those in `ids`, and counts of them are
-    copied; `direct`: the head also reads the leading directions of the bags, for static attributes of few users.
+    `linear`: `size` logits; with `field` the classes are that event field's ids, or those in `ids`, and counts of them
+    are copied; `direct`: the head also reads the leading directions of the bags, for static attributes of few users.
     `field`: one logit per id of the field, from its embeddings. `reads`: an example's read-out or an event's output.
     """
 
@@ -39,8 +39,8 @@ class CopyTerm(nn.Module):
     """What a user did before, scored by its counts, window by window.
 
     logit_v = sum over the field's bags w of (a_w + b_w(x) + c_wv) log(1 + rate_v count_v): from the ids in the bags
-    alone. The a_w start at `start` in all, the rest at zero, and the rates, which are not learnt, at one. With `ids` only
-    those ids are scored, in their order.
+    alone. The a_w start at `start` in all, the rest at zero, and the rates, which are not learnt, at one. With `ids`
+    only those ids are scored, in their order.
     """
 
     rate_V: Tensor
@@ -76,7 +76,7 @@ class CopyTerm(nn.Module):
 
 
 def class_of_ids(ids: Sequence[int]) -> Tensor:
-    """Class c has the id ids[c] -> the class of every id [max(ids) + 1], -1 for none; ids below `FIRST_ID` have none."""
+    """Class c has the id ids[c] -> the class of every id [max(ids) + 1]; -1 for none, and below `FIRST_ID`."""
     class_V = torch.full((max(ids) + 1,), -1)
     class_V[torch.tensor(ids)] = torch.arange(len(ids))
     class_V[:FIRST_ID] = -1
@@ -110,9 +110,8 @@ class LinearHead(nn.Module):
             logits_BC = logits_BC + F.linear(direct_BX, self.direct_CX)
         return logits_BC if self.copy is None else logits_BC + self.copy(x_BX, batch)
 
-
     def penalty(self) -> Tensor | float:
-        """Sum of squares of the weights of a head with direct inputs; 0 for others, which the optimiser decays -> scalar."""
+        """Sum of squares of the weights of a head with direct inputs -> scalar; 0 for others: the optimiser decays them."""
         return 0.0 if self.direct_CX is None else self.direct_CX.square().sum() + self.weight.square().sum()
 
 

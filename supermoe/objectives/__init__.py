@@ -1,1 +1,1 @@
-"""objectives"""
+"""What is learnt: tasks, pre-training objectives, and how their losses become one."""

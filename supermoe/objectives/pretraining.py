@@ -24,7 +24,7 @@ class PretrainingConfig(Config):
 
 
 def default_fields(schema: Schema) -> list[str]:
-    """The category fields that labels are about, or else the one with the most values; none where there is no such field."""
+    """The category fields that labels are about, or else the one with the most values; none without any."""
     sizes = {name: field.size for name, field in schema.fields.items() if field.kind == "category"}
     asked = {label.field or label.source for label in schema.labels.values()}
     return [name for name in sizes if name in asked] or sorted(sizes, key=lambda name: -sizes[name])[:1]

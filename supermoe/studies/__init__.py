@@ -1,1 +1,1 @@
-"""studies"""
+"""Comparisons with other ways of learning from the same store."""

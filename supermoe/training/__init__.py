@@ -1,1 +1,1 @@
-"""training"""
+"""The loop and what surrounds it: optimiser, checkpoints, evaluation, report."""

@@ -103,7 +103,7 @@ def build_run(config: RunConfig, store: Store) -> Run:
 
 
 def pretraining_configs(config: RunConfig, store: Store, heads: dict[str, HeadSpec]) -> dict[str, Any]:
-    """What the config asks for; by default `next_event`, unless a task learns from events or these have no category field."""
+    """What the config asks for; by default `next_event`, unless a task learns from events or no field is a category."""
     if config.loss.pretraining is not None:
         return {name: item for name, item in config.loss.pretraining.items() if item is not None}
     reads_events = any(spec.reads == "event" for spec in heads.values())

@@ -1,4 +1,4 @@
-"""The feature network starts where a data scientist would: standardised inputs, TF-IDF bags and their singular vectors."""
+"""The feature network starts where a data scientist would: standardised inputs, TF-IDF bags, singular vectors."""
 
 from __future__ import annotations
 
