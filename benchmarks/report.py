@@ -22,8 +22,18 @@ def complete_journey(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
+def train_step(result: dict[str, Any]) -> list[list[str]]:
+    """Rate and memory of every contender and measure, and how many times faster ours is."""
+    lines = [["contender", "measure", "per CPU second", "supermoe is", "peak MB"]]
+    for row in result["rows"]:
+        rate, ratio, memory = (row[key] for key in ("per_cpu_second", "ratio", "peak_rss_mb"))
+        lines.append([row["contender"], row["measure"], f"{rate:,.0f}", f"{ratio:.2f}x", f"{memory:,.0f}"])
+    return lines
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "complete_journey": complete_journey,
+    "train_step": train_step,
 }
 
 

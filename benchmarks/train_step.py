@@ -2,9 +2,10 @@
 
     python benchmarks/train_step.py --movielens data/ml-1m [--rectools-python .venv-rectools/bin/python]
 
-Width 64, 2 layers, 1 head, inner width 64, at most 200 events, 128 users a batch. The contenders: supermoe as `benchmarks/movielens.yaml`
-configures it, SASRec in plain padded PyTorch, and RecTools' SASRec where an environment with `rectools[torch]` is named.
-Counted are real tokens: events whose next event is predicted, never padding. Writes benchmarks/results/train_step.json.
+Width 64, 2 layers, 1 head, inner width 64, at most 200 events, 128 users a batch. The contenders: supermoe as
+`benchmarks/movielens.yaml` configures it, SASRec in plain padded PyTorch, and RecTools' SASRec where an environment of
+`rectools[torch]` is given. Counted are real tokens, events whose next event is predicted, never padding. Writes
+benchmarks/results/train_step.json.
 """
 
 from __future__ import annotations
@@ -29,14 +30,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     folder = str(arguments.movielens)
+    rectools = str(arguments.rectools_python or "--rectools-python was not given")
     with tempfile.TemporaryDirectory() as run:
         commands = {
             "supermoe": [sys.executable, f"{CONTENDERS}/ours.py", f"data.source.path={folder}", f"run={run}"],
             "padded SASRec": [sys.executable, f"{CONTENDERS}/padded_sasrec.py", folder],
-            "RecTools SASRec": [
-                str(arguments.rectools_python or "(--rectools-python was not given)"), f"{CONTENDERS}/rectools_sasrec.py", folder
-            ],
-        }  # fmt: skip
+            "RecTools SASRec": [rectools, f"{CONTENDERS}/rectools_sasrec.py", folder],
+        }
         rows = harness.compare(commands, list(UNITS), arguments.rounds)
     for row in rows:
         if "skipped" in row:

@@ -20,7 +20,8 @@ SHORT += ["features.auto.windows=[28d, all]", "data.splits.train=[2017-10-08]"]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
 
 
 def commands(module: str) -> list[list[str]]:

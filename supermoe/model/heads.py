@@ -111,7 +111,7 @@ class LinearHead(nn.Module):
         return logits_BC if self.copy is None else logits_BC + self.copy(x_BX, batch)
 
     def penalty(self) -> Tensor | float:
-        """Sum of squares of the weights of a head with direct inputs -> scalar; 0 for others: the optimiser decays them."""
+        """Sum of squares of the weights of a head with direct inputs -> scalar; 0 for others, which AdamW decays."""
         return 0.0 if self.direct_CX is None else self.direct_CX.square().sum() + self.weight.square().sum()
 
 
