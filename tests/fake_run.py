@@ -118,7 +118,8 @@ def make_model(tasks: dict[str, Task], pretraining: dict[str, NextEvent], seed: 
     heads = {name: task.head_spec() for name, task in tasks.items()}
     for extra in pretraining.values():
         heads |= extra.head_specs()
-    config = ModelConfig(dim=16, layers=2, heads=2, moe={"experts": 4, "top_k": 2, "hidden": 16}, dropout=0.1)
+    dropout = {"dropout": 0.1, "head_dropout": 0.1, "feature_dropout": 0.1}
+    config = ModelConfig(dim=16, layers=2, heads=2, moe={"experts": 4, "top_k": 2, "hidden": 16}, **dropout)
     model = SuperMoE(run_schema(), config, heads)
     for name, task in tasks.items():
         task.init_head(model.heads[name])

@@ -43,7 +43,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_main_job_leaves_what_the_readme_says(run: Path) -> None:
     (tree,) = [block for block in blocks("") if block.startswith(f"{RUN}/")]
-    names = re.findall(r"[\w.]+/?(?=\s)", "\n".join(line[:45] for line in tree.splitlines()[1:]))
+    names = re.findall(r"\w+(?:\.\w+|/)(?=\s)", tree.partition("\n")[2])
+    assert {"report.md", "model/", "manifest.json", "checkpoints/"} <= set(names)
     missing = [name for name in names if name != "plots/" and not list(run.rglob(name.rstrip("/")))]
     assert missing == []
     assert (run / "predictions/test/churn.parquet").exists()
