@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import cache
 
@@ -34,6 +35,10 @@ __all__ = [
     "sampled_cross_entropy",
     "use",
 ]
+
+# oneDNN (GELU and 16-bit products on a CPU) keeps what it compiles for each size, 1024 of them. Packed batches have a size
+# of their own each, so that it never finds one again, while the memory between what it keeps cannot be used: it grows.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 BACKENDS = ("reference", "torch")
 _forced: str | None = None
