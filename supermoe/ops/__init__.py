@@ -36,8 +36,8 @@ __all__ = [
     "use",
 ]
 
-# oneDNN (GELU and 16-bit products on a CPU) keeps what it compiles for each size, 1024 of them. Packed batches have a size
-# of their own each, so that it never finds one again, while the memory between what it keeps cannot be used: it grows.
+# oneDNN (GELU and 16-bit products on a CPU) keeps what it compiles for each size, 1024 of them. Packed batches have a
+# size of their own each: it never finds one again, while the memory between what it keeps cannot be used and grows.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 BACKENDS = ("reference", "torch")
