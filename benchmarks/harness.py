@@ -157,7 +157,7 @@ def write(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
     """Save rows with what they were measured on -> benchmarks/results/<name>.json."""
     result = {
         "benchmark": name,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *("PATH" if Path(word).is_absolute() else word for word in sys.argv[1:])],
         "commit": _output(["git", "rev-parse", "--short", "HEAD"]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": _hardware(),
