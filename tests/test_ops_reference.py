@@ -55,6 +55,32 @@ def test_routes_no_tokens() -> None:
     assert routing.counts_E.tolist() == [0] * 5
 
 
+@pytest.mark.parametrize("k", [0, 6])
+def test_more_choices_than_experts_are_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=rf"cannot choose k = {k} of 5 experts: model\.moe\.top_k"):
+        reference.route(logits(), k)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_token_without_finite_scores_spoils_itself_alone(score: str, k: int) -> None:
+    spoilt = logits()
+    spoilt[3, 1], spoilt[8] = torch.nan, torch.nan
+    routing, clean = reference.route(spoilt, k, score), reference.route(logits(), k, score)
+    others = torch.arange(63)[~torch.isin(torch.arange(63), torch.tensor([3, 8]))]
+    assert routing.weight_NK[[3, 8]].isnan().any(dim=1).all()
+    assert torch.equal(routing.weight_NK[others], clean.weight_NK[others])
+    assert torch.equal(routing.expert_NK[others], clean.expert_NK[others])
+    for chosen in routing.expert_NK[[3, 8]].tolist():
+        assert len({e for e in chosen if 0 <= e < 5}) == k
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_impossible_experts_are_defined(k: int) -> None:
+    far = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    assert reference.route(far, k).weight_NK.tolist() == [[1.0, 0.0][:k]]
+
+
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_route_gradcheck(score: str, k: int) -> None:

@@ -1,19 +1,17 @@
 """The few operations that training time goes into, on packed tensors; each call picks what is fastest for it.
 
-`reference` is plain PyTorch and defines what correct means; `torch` is the same mathematics arranged for speed.
-`use("reference")` forces one, `backends()` tells which are there and why.
+`reference` is plain PyTorch and defines what correct means; the other back ends (`choice.py`) are the same mathematics
+arranged for speed. `use("reference")` forces one, `backends()` tells which are there and why.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from supermoe.ops import attention, cross_entropy, grouped, random_bytes, reference
+from supermoe.ops.choice import backends, call, use
 from supermoe.ops.packing import IndicatorPacking, Packing, pack, pack_indicators
 from supermoe.ops.reference import Routing, activate
 
@@ -40,9 +38,6 @@ __all__ = [
 # size of their own each: it never finds one again, while the memory between what it keeps cannot be used and grows.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
-BACKENDS = ("reference", "torch")
-_forced: str | None = None
-
 
 # --- mixture of experts -----------------------------------------------------------------------------------------------
 
@@ -52,29 +47,34 @@ def route(logits_NE: Tensor, k: int, score: str = "softmax", bias_E: Tensor | No
 
     `score` is softmax or sigmoid. `bias_E` takes part in the choice only (loss-free balancing, arXiv 2408.15664). The
     weights are the chosen scores divided by their sum; with k = 1 they are the score itself, so that the router keeps
-    a gradient (Switch, arXiv 2101.03961).
+    a gradient (Switch, arXiv 2101.03961). A token whose scores are not finite gets k different experts and weights that
+    are not finite either, so that the loss tells; other tokens are unharmed. Probabilities of 0 are finite scores.
+
+    Raises:
+        ValueError: for another `score`, and when there are fewer than k experts.
     """
-    return reference.route(logits_NE, k, score, bias_E)
+    return call("route", logits_NE, k, score, bias_E)
 
 
 def expert_ffn(
-    x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str
+    x_ND: Tensor,
+    expert_NK: Tensor,
+    weight_NK: Tensor,
+    w_in_EDF: Tensor,
+    w_out_EFD: Tensor,
+    activation: str,
+    low_memory: bool = False,
 ) -> Tensor:
     """Weighted sum of the chosen experts' feed-forwards -> y_ND in the dtype of x.
 
     `activation` is gelu, silu, relu2 or swiglu; swiglu needs w_in of [E, D, 2F], the gate's half first. Expert -1 is
     a dropped row: it adds nothing and gets no gradient. Under autocast the products are made in its dtype.
+    `low_memory` keeps less for the backward and computes it again, where the back end can.
     """
-    if _forced == "reference":
-        return reference.expert_ffn(x_ND, expert_NK, weight_NK, w_in_EDF, w_out_EFD, activation)
-    dtype = _autocast_dtype(x_ND)
-    operands = x_ND.to(dtype), w_in_EDF.to(dtype), w_out_EFD.to(dtype)
-    reason = grouped.refusal(*operands)
-    if reason is not None:
-        if _forced == "torch":
-            _warn_once(f"expert_ffn runs on the reference although `torch` was asked for: {reason}")
-        return reference.expert_ffn(x_ND, expert_NK, weight_NK, w_in_EDF, w_out_EFD, activation)
-    return grouped.expert_ffn(operands[0], expert_NK, weight_NK, *operands[1:], activation).to(x_ND.dtype)
+    dtype = _product_dtype(x_ND)
+    stacks = w_in_EDF.to(dtype), w_out_EFD.to(dtype)
+    y_ND = call("expert_ffn", x_ND.to(dtype), expert_NK, weight_NK, *stacks, activation, low_memory)
+    return y_ND.to(x_ND.dtype)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -95,9 +95,7 @@ def history_attention(
     offsets are the same, and `packing` is `pack(q_offsets_S)`, made once per batch and shared by the layers; without it
     each call makes its own. Beside cached keys it has no use.
     """
-    if _forced == "reference":
-        return reference.history_attention(q_NHA, k_JHA, v_JHA, q_offsets_S, k_offsets_S)
-    return attention.history_attention(q_NHA, k_JHA, v_JHA, q_offsets_S, k_offsets_S, packing)
+    return call("history_attention", q_NHA, k_JHA, v_JHA, q_offsets_S, k_offsets_S, packing)
 
 
 def indicator_attention(
@@ -116,10 +114,8 @@ def indicator_attention(
     Read s has the keys `offsets_S[s]:offsets_S[s + 1]`. An indicator that sees no event gives back its own value.
     `packing` is `pack_indicators(offsets_S, read_M, visible_M)`, made once per batch and shared by the layers.
     """
-    if _forced == "reference":
-        return reference.indicator_attention(q_MHA, k_self_MHA, v_self_MHA, k_NHA, v_NHA, offsets_S, read_M, visible_M)
-    return attention.indicator_attention(
-        q_MHA, k_self_MHA, v_self_MHA, k_NHA, v_NHA, offsets_S, read_M, visible_M, packing
+    return call(
+        "indicator_attention", q_MHA, k_self_MHA, v_self_MHA, k_NHA, v_NHA, offsets_S, read_M, visible_M, packing
     )
 
 
@@ -139,8 +135,7 @@ def linear_cross_entropy(
     of the matrix products and the logits; default: autocast's, else that of x. Differentiable once, for x, weight and
     bias.
     """
-    chosen = reference if _forced == "reference" else cross_entropy
-    return chosen.linear_cross_entropy(x_ND, weight_VD, bias_V, target_N, precision or _autocast_dtype(x_ND))
+    return call("linear_cross_entropy", x_ND, weight_VD, bias_V, target_N, precision or _product_dtype(x_ND))
 
 
 def linear_cross_entropy_sets(
@@ -155,8 +150,8 @@ def linear_cross_entropy_sets(
 
     Row n has the targets `ids[offsets_N[n]:offsets_N[n + 1]]`; a row with an empty set has loss 0 and no gradient.
     """
-    chosen = reference if _forced == "reference" else cross_entropy
-    return chosen.linear_cross_entropy_sets(x_ND, weight_VD, bias_V, offsets_N, ids, precision or _autocast_dtype(x_ND))
+    precision = precision or _product_dtype(x_ND)
+    return call("linear_cross_entropy_sets", x_ND, weight_VD, bias_V, offsets_N, ids, precision)
 
 
 def sampled_cross_entropy(
@@ -167,7 +162,7 @@ def sampled_cross_entropy(
     Logits are corrected by `logq_V`, the log probability with which each id is drawn (Yi et al., RecSys 2019), and a
     negative that is the row's own target is left out. Rows with target -1 have loss 0 and no gradient.
     """
-    return reference.sampled_cross_entropy(x_ND, weight_VD, bias_V, target_N, negatives_J, logq_V)
+    return call("sampled_cross_entropy", x_ND, weight_VD, bias_V, target_N, negatives_J, logq_V)
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -179,38 +174,11 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     Repeats under the same torch seed and after restoring the RNG state. On a CPU p is rounded to a multiple of 1/256
     (at least one), for the sake of a generator that is six times faster.
     """
-    if _forced == "reference" or x.device.type != "cpu":
-        return reference.dropout(x, p, training)
-    return random_bytes.dropout(x, p, training)
+    return call("dropout", x, p, training)
 
 
-# --- choice -----------------------------------------------------------------------------------------------------------
-
-
-def use(backend: str | None) -> None:
-    """Force one backend for every op ("reference" or "torch"); None lets each call pick again."""
-    global _forced
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"there is no ops backend {backend!r}; known: {', '.join(BACKENDS)}")
-    _forced = backend
-
-
-def backends() -> dict[str, str]:
-    """Each backend and in one sentence whether it is active and why."""
-    forced = "" if _forced is None else f", forced by ops.use({_forced!r})"
-    if _forced == "reference":
-        return {"reference": f"active{forced}", "torch": f"idle: `reference` is{forced[1:]}"}
-    return {
-        "reference": "active where `torch` does not take the operands, such as experts in fp64 or of odd widths",
-        "torch": f"active{forced}: attention by length, chunked cross-entropy, grouped experts, bulk dropout",
-    }
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype:
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on; fp64 it leaves alone."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+    wanted = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if wanted else x.dtype

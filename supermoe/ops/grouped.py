@@ -13,22 +13,14 @@ from supermoe.ops.reference import activate
 _ROW_BYTES = 16  # the kernel wants rows to be whole multiples of this
 
 
-def refusal(x_ND: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor) -> str | None:
-    """Why the grouped product cannot take these operands; None if it can."""
-    if not hasattr(F, "grouped_mm"):
-        return "this PyTorch has no torch.nn.functional.grouped_mm"
-    dtypes = [torch.bfloat16] if x_ND.is_cuda else [torch.float32, torch.bfloat16, torch.float16]
-    if x_ND.dtype not in dtypes or x_ND.dtype != w_in_EDF.dtype or x_ND.dtype != w_out_EFD.dtype:
-        return f"grouped_mm on {x_ND.device.type} does not take {x_ND.dtype} rows with {w_in_EDF.dtype} weights"
-    widths = sorted({*w_in_EDF.shape[1:], *w_out_EFD.shape[1:]})
-    step = _ROW_BYTES // x_ND.dtype.itemsize
-    if any(width % step for width in widths):
-        return f"grouped_mm in {x_ND.dtype} needs widths that are multiples of {step}, not {widths}"
-    return None
-
-
 def expert_ffn(
-    x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str
+    x_ND: Tensor,
+    expert_NK: Tensor,
+    weight_NK: Tensor,
+    w_in_EDF: Tensor,
+    w_out_EFD: Tensor,
+    activation: str,
+    low_memory: bool = False,
 ) -> Tensor:
     """See `supermoe.ops.expert_ffn`."""
     num_experts, k = len(w_in_EDF), expert_NK.shape[1]
@@ -45,7 +37,18 @@ def expert_ffn(
 def _grouped_mm(rows_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     if len(rows_RD) == 0:  # no product to make, yet every operand gets its (zero) gradient
         return rows_RD @ weight_EDF.sum(dim=0)
-    return F.grouped_mm(rows_RD, weight_EDF, offs=ends_E.to(torch.int32))
+    if _takes(rows_RD, weight_EDF):
+        return F.grouped_mm(rows_RD, weight_EDF, offs=ends_E.to(torch.int32))
+    rows = rows_RD.tensor_split(ends_E[:-1].tolist())
+    return torch.cat([rows_RD @ weight_DF for rows_RD, weight_DF in zip(rows, weight_EDF.unbind(0), strict=True)])
+
+
+def _takes(rows_RD: Tensor, weight_EDF: Tensor) -> bool:
+    """Whether grouped_mm takes these operands; a loop takes all."""
+    dtypes = [torch.bfloat16] if rows_RD.is_cuda else [torch.float32, torch.bfloat16, torch.float16]
+    return rows_RD.dtype in dtypes and not any(
+        width * rows_RD.dtype.itemsize % _ROW_BYTES for width in weight_EDF.shape[1:]
+    )
 
 
 class _Dispatch(torch.autograd.Function):

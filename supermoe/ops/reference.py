@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from supermoe.ops.packing import IndicatorPacking, Packing
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -36,6 +38,8 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
 
 def route(logits_NE: Tensor, k: int, score: str = "softmax", bias_E: Tensor | None = None) -> Routing:
     """See `supermoe.ops.route`."""
+    if not 1 <= k <= logits_NE.shape[1]:
+        raise ValueError(f"cannot choose k = {k} of {logits_NE.shape[1]} experts: model.moe.top_k must be 1 to experts")
     if score == "softmax":
         log_score_NE = logits_NE.log_softmax(dim=-1)
     elif score == "sigmoid":
@@ -54,9 +58,15 @@ def route(logits_NE: Tensor, k: int, score: str = "softmax", bias_E: Tensor | No
 
 
 def expert_ffn(
-    x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor, activation: str
+    x_ND: Tensor,
+    expert_NK: Tensor,
+    weight_NK: Tensor,
+    w_in_EDF: Tensor,
+    w_out_EFD: Tensor,
+    activation: str,
+    low_memory: bool = False,
 ) -> Tensor:
-    """See `supermoe.ops.expert_ffn`: one pass over the experts, each on its own rows."""
+    """See `supermoe.ops.expert_ffn`: one pass over the experts, each on its own rows; `low_memory` changes nothing."""
     y_ND = torch.zeros_like(x_ND)
     for expert, (w_in_DF, w_out_FD) in enumerate(zip(w_in_EDF.unbind(0), w_out_EFD.unbind(0), strict=True)):
         token_R, slot_R = torch.where(expert_NK == expert)
@@ -65,8 +75,15 @@ def expert_ffn(
     return y_ND
 
 
-def history_attention(q_NHA: Tensor, k_JHA: Tensor, v_JHA: Tensor, q_offsets_S: Tensor, k_offsets_S: Tensor) -> Tensor:
-    """See `supermoe.ops.history_attention`: one read after the other, with an explicit mask."""
+def history_attention(
+    q_NHA: Tensor,
+    k_JHA: Tensor,
+    v_JHA: Tensor,
+    q_offsets_S: Tensor,
+    k_offsets_S: Tensor,
+    packing: Packing | None = None,
+) -> Tensor:
+    """See `supermoe.ops.history_attention`: one read after the other, with an explicit mask and without `packing`."""
     outputs = []
     q_lengths, k_lengths = q_offsets_S.diff().tolist(), k_offsets_S.diff().tolist()
     for q_LHA, k_LHA, v_LHA in zip(q_NHA.split(q_lengths), k_JHA.split(k_lengths), v_JHA.split(k_lengths), strict=True):
@@ -86,8 +103,9 @@ def indicator_attention(
     offsets_S: Tensor,
     read_M: Tensor,
     visible_M: Tensor,
+    packing: IndicatorPacking | None = None,
 ) -> Tensor:
-    """See `supermoe.ops.indicator_attention`: one indicator after the other."""
+    """See `supermoe.ops.indicator_attention`: one indicator after the other, without `packing`."""
     outputs = []
     starts, counts = offsets_S[read_M].tolist(), visible_M.tolist()
     for m, (start, count) in enumerate(zip(starts, counts, strict=True)):
