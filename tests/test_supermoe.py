@@ -86,7 +86,7 @@ def test_events_never_change_with_later_events_or_with_examples() -> None:
     assert (asked_later.user_BD != output.user_BD).any(1).all()
 
 
-@pytest.mark.parametrize("readout", ["indicator", "shared_bottom"])
+@pytest.mark.parametrize("readout", ["indicator", "shared_bottom", "mmoe"])
 def test_a_task_does_not_change_when_another_is_added(readout: str) -> None:
     batch = make_batch()
     full = make_model(readout=readout)
