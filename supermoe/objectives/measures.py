@@ -83,21 +83,27 @@ def ranking(top_nk: NDArray, offsets: NDArray, ids: NDArray, k: int = 10) -> dic
         top_nk: ids by falling score; -1 where there is none.
         offsets, ids: the relevant ids of row i are `ids[offsets[i]:offsets[i + 1]]`; rows without one are left out.
     """
+    relevant = np.diff(offsets) > 0
+    by_row = ranking_by_row(top_nk, offsets, ids, k)
+    return {name: float(row_n[relevant].mean()) if relevant.any() else float("nan") for name, row_n in by_row.items()}
+
+
+def ranking_by_row(top_nk: NDArray, offsets: NDArray, ids: NDArray, k: int = 10) -> dict[str, Array]:
+    """The measures of `ranking` of every row -> [n]; NaN for rows without a relevant id."""
     sizes = np.diff(offsets)
-    rows = np.flatnonzero(sizes)
-    if len(rows) == 0:
-        return {f"{name}@{k}": float("nan") for name in ("ndcg", "hr", "recall")}
-    top = top_nk[rows, :k]
+    top = top_nk[:, :k]
     base = int(max(top.max(initial=0), ids.max(initial=0))) + 1
     relevant = np.sort(np.repeat(np.arange(len(sizes)), sizes) * base + ids)  # one sortable number per (row, id)
-    wanted = rows[:, None] * base + top
-    found = relevant[np.minimum(np.searchsorted(relevant, wanted), len(relevant) - 1)] == wanted
+    wanted = np.arange(len(sizes))[:, None] * base + top
+    place = np.searchsorted(relevant, wanted)
+    found = np.append(relevant, -1)[place] == wanted
     found &= top >= 0
     discount = 1 / np.log2(np.arange(2, top.shape[1] + 2))
-    ideal = np.cumsum(1 / np.log2(np.arange(2, k + 2)))[np.minimum(sizes[rows], k) - 1]
+    ideal = np.append(np.nan, np.cumsum(1 / np.log2(np.arange(2, k + 2))))[np.minimum(sizes, k)]
     hits = found.sum(1)
+    missing = np.where(sizes > 0, 0.0, np.nan)
     return {
-        f"ndcg@{k}": float((found @ discount / ideal).mean()),
-        f"hr@{k}": float((hits > 0).mean()),
-        f"recall@{k}": float((hits / sizes[rows]).mean()),
+        f"ndcg@{k}": found @ discount / ideal,
+        f"hr@{k}": (hits > 0) + missing,
+        f"recall@{k}": hits / np.where(sizes > 0, sizes, np.nan),
     }
