@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supermoe import ops
+from supermoe.model.gradient import share_gradient
 
 PERIODS = (1 / 24, 4 * 365.25)  # days: the shortest and the longest that time is told by
 INDEX_BASE = 10_000.0
@@ -49,20 +49,7 @@ class KeyValues:
         """The same values, through which only a share of the gradient flows back."""
         if share == 0:
             return KeyValues(self.k_NHA.detach(), self.v_NHA.detach())
-        return KeyValues(_ShareGradient.apply(self.k_NHA, share), _ShareGradient.apply(self.v_NHA, share))
-
-
-class _ShareGradient(torch.autograd.Function):
-    """The same values, without a copy; their gradient times `share`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
-        ctx.share = share
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.share, None
+        return KeyValues(share_gradient(self.k_NHA, share), share_gradient(self.v_NHA, share))
 
 
 class Rotary(nn.Module):
