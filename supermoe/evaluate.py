@@ -13,6 +13,7 @@ from supermoe.data.store import Store
 from supermoe.studies.baselines import boosting
 from supermoe.training.build import build_run
 from supermoe.training.predictions import write_predictions
+from supermoe.training.refit import build_refit, wants_refit
 from supermoe.training.report import write_report
 from supermoe.training.trainer import BEST
 from supermoe.typed_yaml import UserError
@@ -42,9 +43,13 @@ def evaluate(config: RunConfig, split: str | None = None) -> None:
     if len(store.rows_of(split)) == 0:
         raise UserError(f"{config.store} holds no examples of the split {split}; choose another --split")
     run.trainer.resume()
-    evaluation = run.evaluate(split)
-    baseline = boosting(store, run.tasks, split) if config.report.boosting else {}
-    predictions = write_predictions(config.run / "predictions", store, run.tasks, evaluation)
+    measured = run
+    if split == "test" and wants_refit(run):
+        measured = build_refit(run)
+        measured.trainer.resume()
+    evaluation = measured.evaluate(split)
+    baseline = boosting(measured.store, run.tasks, split) if config.report.boosting else {}
+    predictions = write_predictions(config.run / "predictions", store, measured.tasks, evaluation)
     print(write_report(config.run, run.tasks, evaluation, baseline, run.facts(), config.report.plots))
     print(f"\nreport      {config.run / 'report.md'}\npredictions {predictions}")
 

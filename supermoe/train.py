@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from tqdm import tqdm
+
 from supermoe import cli
 from supermoe.config import RunConfig
 from supermoe.data.disk import publish_text, writing
@@ -21,6 +23,7 @@ from supermoe.training.build import Run, build_run
 from supermoe.training.environment import write_environment
 from supermoe.training.evaluation import Evaluation
 from supermoe.training.predictions import write_predictions
+from supermoe.training.refit import build_refit, wants_refit
 from supermoe.training.report import write_report
 from supermoe.typed_yaml import build, dump, parse_instant
 
@@ -43,11 +46,13 @@ def train(config: RunConfig, source: Any = None) -> None:
     publish_text(config.run / "config.yaml", dump(config))
     write_environment(config.run)
     run.trainer.fit()
-    evaluation = run.evaluate(run.measured_split)
-    baseline = boosting(store, run.tasks, evaluation.split) if config.report.boosting else {}
-    predictions = write_predictions(config.run / "predictions", store, run.tasks, evaluation)
+    final = fit_again(run) if wants_refit(run) else run
+    measured = final if run.measured_split == "test" else run  # a model is not measured on what it was trained on
+    evaluation = measured.evaluate(run.measured_split)
+    baseline = boosting(measured.store, run.tasks, evaluation.split) if config.report.boosting else {}
+    predictions = write_predictions(config.run / "predictions", store, measured.tasks, evaluation)
     table = write_report(config.run, run.tasks, evaluation, baseline, run.facts(), config.report.plots)
-    model = save_model(run, evaluation)
+    model = save_model(final, evaluation)
     as_of = (parse_instant(store.summary["last_event"]) // DAY + 1) * DAY  # the midnight after the last event
     embeddings = export(artifact.Artifact.load(model), Request(source, as_of), config.run / "embeddings")
     print(f"\n{table}\n")
@@ -59,6 +64,15 @@ def train(config: RunConfig, source: Any = None) -> None:
     }
     for name, path in paths.items():
         print(f"{name:12}{path}")
+
+
+def fit_again(run: Run) -> Run:
+    """The run that has trained on validation examples as well."""
+    tqdm.write("training again, on train and validation examples")
+    final = build_refit(run)
+    final.trainer.resume()
+    final.trainer.fit()
+    return final
 
 
 def save_model(run: Run, evaluation: Evaluation) -> Any:

@@ -45,13 +45,13 @@ def test_init_bag_sets_table_and_idf_of_one_bag() -> None:
 
 def test_every_feature_and_bag_matters_to_its_example_only() -> None:
     encoder, batch = FeatureEncoder(make_schema(), CONFIG).eval(), make_batch()
-    f_BD, _ = encoder(batch)
+    f_BD = encoder(batch).vector_BD
     features_BP = batch.features_BP.clone()
     features_BP[1, 0] = 0.77
-    changed, _ = encoder(dataclasses.replace(batch, features_BP=features_BP))
+    changed = encoder(dataclasses.replace(batch, features_BP=features_BP)).vector_BD
     assert (changed != f_BD).any(1).tolist() == [False, True, False, False, False]
     empty = Jagged(torch.zeros(6, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    changed, _ = encoder(dataclasses.replace(batch, bags={**batch.bags, "type_all": empty}))
+    changed = encoder(dataclasses.replace(batch, bags={**batch.bags, "type_all": empty})).vector_BD
     had_ids = batch.bags["type_all"].offsets.diff() > 0
     assert torch.equal((changed != f_BD).any(1), had_ids)
 
@@ -59,30 +59,32 @@ def test_every_feature_and_bag_matters_to_its_example_only() -> None:
 def test_without_features_the_vector_is_zero_and_there_is_no_network() -> None:
     schema = Schema(fields=make_schema().fields)
     encoder = FeatureEncoder(schema, CONFIG)
-    f_BD, direct_BX = encoder(make_batch(schema=schema))
-    assert f_BD.tolist() == [[0.0] * 8] * 5
-    assert direct_BX.shape == (5, encoder.direct_dim) == (5, 0)
+    features = encoder(make_batch(schema=schema))
+    assert features.vector_BD.tolist() == [[0.0] * 8] * 5
+    assert features.hidden_BF.shape == (5, encoder.hidden_dim) == (5, 0)
+    assert features.bags_BX.shape == (5, encoder.bags_dim) == (5, 0)
     assert list(encoder.parameters()) == []
 
 
 def test_dropout_is_for_training() -> None:
     encoder, batch = FeatureEncoder(make_schema(), CONFIG), make_batch()
-    assert not torch.equal(encoder(batch)[0], encoder(batch)[0])
+    assert not torch.equal(encoder(batch).vector_BD, encoder(batch).vector_BD)
     encoder.eval()
-    assert torch.equal(encoder(batch)[0], encoder(batch)[0])
+    assert torch.equal(encoder(batch).vector_BD, encoder(batch).vector_BD)
 
 
 def test_gradients() -> None:
     encoder, batch = FeatureEncoder(make_schema(), CONFIG).eval(), make_batch()
-    check_gradients(encoder, lambda: encoder(batch)[0])
+    check_gradients(encoder, lambda: encoder(batch).vector_BD)
 
 
-def test_direct_outputs_are_the_leading_directions_of_the_longest_bag_of_every_field() -> None:
+def test_heads_read_the_longest_bag_of_every_field_as_it_is() -> None:
     encoder, batch = FeatureEncoder(make_schema(), CONFIG), make_batch()
-    _, direct_BX = encoder(batch)  # in training: they are not dropped out
+    bags_BX = encoder(batch).bags_BX  # in training: they are not dropped out
     longest = encoder.bags["type_all"](batch.bags["type_all"])
-    assert torch.equal(direct_BX[:, : longest.shape[1]], longest)
-    assert not direct_BX.requires_grad
+    assert bags_BX.shape[1] == encoder.bags_dim
+    assert torch.equal(bags_BX[:, : longest.shape[1]], longest)
+    assert not bags_BX.requires_grad
 
 
 def test_numbers_are_standardised_by_the_examples_given() -> None:

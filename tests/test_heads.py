@@ -103,3 +103,17 @@ def test_gradients(rows: int) -> None:
     for head in (linear, field):
         randomise(head)
         check_gradients(head, lambda x, head=head: head.logits(x, batch), torch.randn(rows, 6))
+
+
+def test_the_prior_of_a_head_with_direct_inputs_weakens_with_users_and_doubts_what_was_learnt() -> None:
+    head = LinearHead(6, 3, [], dropout=0, direct_dim=4)
+    assert LinearHead(6, 3, [], dropout=0).penalty(100) == 0.0
+    with torch.no_grad():
+        head.direct_CX.fill_(1.0)
+    direct = [head.penalty(users).item() for users in (100, 10_000)]
+    assert direct == pytest.approx([150 / 100 * 12, 150 / 10_000 * 12])
+    with torch.no_grad():
+        head.direct_CX.zero_()
+        head.weight.fill_(1.0)
+    learnt = [head.penalty(users).item() for users in (100, 10_000)]
+    assert learnt == pytest.approx([150 / 100 * 18 * 101, 150 / 10_000 * 18 * 2])

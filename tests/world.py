@@ -28,7 +28,7 @@ def make() -> None:
     tiny.make_log().to_parquet("events.parquet")
     tiny.make_users().to_parquet("users.parquet")
     config = tiny.make_config(Path()).model_dump(mode="json")
-    config["training"] |= {"max_steps": 1, "keep_checkpoints": 1, "threads": 1}
+    config["training"] |= {"max_steps": 1, "keep_checkpoints": 1, "threads": 1, "refit": False}
     config["report"] |= {"plots": False}
     Path("config.yaml").write_text(yaml.safe_dump(config))
     run("train --config config.yaml")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +15,17 @@ from supermoe.data.schema import Schema
 from supermoe.model.named import ByName
 from supermoe.model.packed import read_of_events
 
-DIRECT_DIRECTIONS = 16  # of a bag, given to the heads of static attributes as they are
 MIN_SPREAD = 0.3  # of a feature's deviates: rare values of an almost constant feature must not become huge
 TAIL = 1e-3  # shares nearer to 0 and 1 than this are moved here before they are turned into normal deviates
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is made of an example's features: for its indicators, for the heads, for the heads of static attributes."""
+
+    vector_BD: Tensor  # zero where no features are declared
+    hidden_BF: Tensor  # the network's last layer but one
+    bags_BX: Tensor  # every field's bag over the longest window, side by side
 
 
 def encode_numbers(features_BP: Tensor, bins: int) -> Tensor:
@@ -83,7 +93,7 @@ class ResidualBlock(nn.Module):
 
 
 class FeatureEncoder(nn.Module):
-    """Encoded aggregates and bags, laid side by side, through a residual network -> f_BD."""
+    """Encoded aggregates and bags, laid side by side, through a residual network."""
 
     center_I: Tensor
     scale_I: Tensor
@@ -99,25 +109,24 @@ class FeatureEncoder(nn.Module):
         num_encoded = len(schema.features) * (self.bins + 2)
         self.register_buffer("center_I", torch.zeros(num_encoded))
         self.register_buffer("scale_I", torch.ones(num_encoded))
-        num_inputs = len(schema.features) * (self.bins + 2) + len(inputs) * self.bag_dim
-        self.network = self._network(num_inputs, 4 * config.dim, config.feature_layers) if num_inputs else None
+        num_inputs = num_encoded + len(inputs) * self.bag_dim
+        self.hidden_dim = 4 * config.dim if num_inputs else 0
+        self.bags_dim = len(self.lifetime) * self.bag_dim
+        self.network = self._network(num_inputs, config.feature_layers) if num_inputs else None
+        self.project = nn.Linear(self.hidden_dim, config.dim) if num_inputs else None
 
-    @property
-    def direct_dim(self) -> int:
-        """Width of what `forward` gives beside the encoded features."""
-        return len(self.lifetime) * min(DIRECT_DIRECTIONS, self.bag_dim)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features and bags of a batch's examples -> f_BD, zero where none are declared, and the leading directions of
-        every field's bag over the longest window, side by side."""
-        if self.network is None:
+    def forward(self, batch: Batch) -> Features:
+        """Features and bags of a batch's examples."""
+        if self.network is None or self.project is None:
             nothing = torch.zeros(batch.num_examples, self.dim, device=batch.read_B.device)
-            return nothing, nothing[:, :0]
+            return Features(nothing, nothing[:, :0], nothing[:, :0])
         bags = [bag(batch.bags[name]) for name, bag in self.bags.items()]
-        numbers = encode_numbers(batch.features_BP.to(next(self.network.parameters()).dtype), self.bins)
+        numbers = encode_numbers(batch.features_BP.to(self.center_I.dtype), self.bins)
         numbers = (numbers - self.center_I) * self.scale_I
-        f_BD = self.network(ops.dropout(torch.cat([numbers, *bags], dim=1), self.dropout, self.training))
-        return f_BD, torch.cat([numbers[:, :0], *(bags[i][:, :DIRECT_DIRECTIONS] for i in self.lifetime)], dim=1)
+        inputs = torch.cat([numbers, *bags], dim=1)
+        hidden_BF = self.network(ops.dropout(inputs, self.dropout, self.training))
+        lifetime = torch.cat([numbers[:, :0], *(bags[i] for i in self.lifetime)], dim=1)
+        return Features(self.project(hidden_BF), hidden_BF, lifetime)
 
     @torch.no_grad()
     def init_numbers(self, features_BP: Tensor) -> None:
@@ -138,7 +147,6 @@ class FeatureEncoder(nn.Module):
         bag.idf_V.copy_(idf_V)
         bag.table_VD.copy_(matrix_VD)
 
-    def _network(self, num_inputs: int, width: int, num_blocks: int) -> nn.Sequential:
-        blocks = [ResidualBlock(width, self.dropout) for _ in range(num_blocks)]
-        norm = nn.LayerNorm(width, bias=False)
-        return nn.Sequential(nn.Linear(num_inputs, width), *blocks, norm, nn.Linear(width, self.dim))
+    def _network(self, num_inputs: int, num_blocks: int) -> nn.Sequential:
+        blocks = [ResidualBlock(self.hidden_dim, self.dropout) for _ in range(num_blocks)]
+        return nn.Sequential(nn.Linear(num_inputs, self.hidden_dim), *blocks, nn.LayerNorm(self.hidden_dim, bias=False))

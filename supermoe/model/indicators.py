@@ -9,7 +9,7 @@ from supermoe.config import ModelConfig
 from supermoe.data.batch import Batch
 from supermoe.data.schema import Schema
 from supermoe.model.embedding import CALENDAR_KNOTS, INIT_STD, InterpolatedEmbedding, calendar, log_gap
-from supermoe.model.feature_encoder import FeatureEncoder
+from supermoe.model.feature_encoder import FeatureEncoder, Features
 from supermoe.model.named import ByName
 
 USER = "user"  # the question whose answer is the user's embedding
@@ -38,13 +38,13 @@ class Indicators(nn.Module):
         self.questions = ByName({name: Question(config.dim) for name in questions})
         self.norm = nn.LayerNorm(config.dim, bias=False)
 
-    def forward(self, batch: Batch, last_B: Tensor, seen_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of every question about every example -> x_QBD, and the directions that heads read as they are.
+    def forward(self, batch: Batch, last_B: Tensor, seen_B: Tensor) -> tuple[Tensor, Features]:
+        """Tokens of every question about every example -> x_QBD, and the features, which heads read too.
 
         `last_B` is the time of the last visible event, read where `seen_B` says that there is one.
         """
         gap_B = log_gap(batch.cut_B - last_B).masked_fill(~seen_B, torch.nan)
         when_BD = self.when(torch.cat([gap_B[:, None], calendar(batch.cut_B)], dim=1))
-        f_BD, direct_BX = self.features(batch)
-        x_QBD = self.norm(when_BD + torch.stack([question(f_BD) for question in self.questions.values()]))
-        return x_QBD, direct_BX
+        features = self.features(batch)
+        asked = [question(features.vector_BD) for question in self.questions.values()]
+        return self.norm(when_BD + torch.stack(asked)), features

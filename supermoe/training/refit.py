@@ -1,0 +1,24 @@
+"""The last training of a run: once validation has said how long to train, its examples are trained on as well."""
+
+from __future__ import annotations
+
+from supermoe.data.merged import MergedStore
+from supermoe.training.build import Run, build_run
+
+FOLDER = "refit"  # in the run's folder
+
+
+def wants_refit(run: Run) -> bool:
+    """Does the config ask for it, and is validation a cut in time (not each user's last event but one)?"""
+    return run.config.training.refit and bool(run.store.summary["cuts"].get("valid"))
+
+
+def build_refit(run: Run) -> Run:
+    """A run from the beginning on training and validation examples; it stops at the best share of `run`'s schedule.
+
+    Labels of attributes that depend on who is asked (`eligible`) stay at the cuts where they were.
+    """
+    told = {name: task.config for name, task in run.tasks.items()}
+    attributes = [name for name, task in told.items() if task.label.attribute is not None and task.eligible is None]
+    store = MergedStore(run.store, attributes)
+    return build_run(run.config, store, folder=run.config.run / FOLDER, until=run.trainer.progress["best_share"])
