@@ -43,6 +43,13 @@ BACKENDS: dict[str, Backend] = {  # the first that takes the operands is used
             "dropout": _OWN + "random_bytes",
         },
     ),
+    "tutel": Backend(
+        about="experts between Tutel's dispatch kernels, in padded buffers",
+        modules={"expert_ffn": _OWN + "tutel"},
+        requires=("tutel", "tutel_custom_kernel"),
+        remedy="build it as its own project says: https://github.com/microsoft/Tutel",
+        automatic=False,
+    ),
     "reference": Backend(
         about="plain PyTorch, for what no other back end has or takes",
         modules=dict.fromkeys(
