@@ -358,4 +358,10 @@ def join_group_of_one() -> None:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave_group)
+
+
+def leave_group() -> None:
+    """End the process group, unless that has been done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

