@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from factories import check_gradients, make_batch, make_schema
 from supermoe.config import ModelConfig
 from supermoe.data.batch import Jagged
 from supermoe.data.schema import Schema
-from supermoe.model.feature_encoder import MIN_SPREAD, Bag, FeatureEncoder, encode_numbers
+from supermoe.model.feature_encoder import LARGE, MIN_SPREAD, TAIL, Bag, FeatureEncoder, encode_numbers
 
 CONFIG = ModelConfig(dim=8, heads=2, number_bins=4, bag_dim=6)
 
@@ -62,7 +63,7 @@ def test_without_features_the_vector_is_zero_and_there_is_no_network() -> None:
     features = encoder(make_batch(schema=schema))
     assert features.vector_BD.tolist() == [[0.0] * 8] * 5
     assert features.hidden_BF.shape == (5, encoder.hidden_dim) == (5, 0)
-    assert features.bags_BX.shape == (5, encoder.bags_dim) == (5, 0)
+    assert features.direct_BX.shape == (5, encoder.direct_dim) == (5, 0)
     assert list(encoder.parameters()) == []
 
 
@@ -78,13 +79,16 @@ def test_gradients() -> None:
     check_gradients(encoder, lambda: encoder(batch).vector_BD)
 
 
-def test_heads_read_the_longest_bag_of_every_field_as_it_is() -> None:
+def test_direct_inputs_are_numbers_and_the_longest_bag_of_every_field_as_they_are() -> None:
     encoder, batch = FeatureEncoder(make_schema(), CONFIG), make_batch()
-    bags_BX = encoder(batch).bags_BX  # in training: they are not dropped out
-    longest = encoder.bags["type_all"](batch.bags["type_all"])
-    assert bags_BX.shape[1] == encoder.bags_dim
-    assert torch.equal(bags_BX[:, : longest.shape[1]], longest)
-    assert not bags_BX.requires_grad
+    num_features, longest = len(make_schema().features), encoder.bags["type_all"](batch.bags["type_all"])
+    direct_BX = encoder(batch).direct_BX  # in training: they are not dropped out
+    numbers_BP, bags_BX = direct_BX.split([num_features, encoder.direct_dim - num_features], dim=1)
+    weight = math.log(encoder.bags["type_all"].table_VD.shape[0], LARGE)
+    assert torch.equal(bags_BX[:, : longest.shape[1]], weight * longest)
+    deviate_BP = torch.special.ndtri(batch.features_BP.nan_to_num(0.5).clamp(TAIL, 1 - TAIL))
+    torch.testing.assert_close(numbers_BP, 0.5 * (encoder.bag_dim / num_features) ** 0.5 * deviate_BP)
+    assert not direct_BX.requires_grad
 
 
 def test_numbers_are_standardised_by_the_examples_given() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from supermoe.data.schema import Schema
 from supermoe.model.named import ByName
 from supermoe.model.packed import read_of_events
 
+LARGE = 1000  # values of a field whose bag counts once in what the heads of static attributes read
 MIN_SPREAD = 0.3  # of a feature's deviates: rare values of an almost constant feature must not become huge
 TAIL = 1e-3  # shares nearer to 0 and 1 than this are moved here before they are turned into normal deviates
 
@@ -25,7 +27,7 @@ class Features:
 
     vector_BD: Tensor  # zero where no features are declared
     hidden_BF: Tensor  # the network's last layer but one
-    bags_BX: Tensor  # every field's bag over the longest window, side by side
+    direct_BX: Tensor  # numbers, and every field's bag over the longest window, as they are
 
 
 def encode_numbers(features_BP: Tensor, bins: int) -> Tensor:
@@ -105,13 +107,13 @@ class FeatureEncoder(nn.Module):
         inputs = {name: bag for name, bag in schema.bags.items() if bag.input}
         self.bags = ByName({name: Bag(bag.size, config.bag_dim) for name, bag in inputs.items()})
         longest = {bag.field: name for name, bag in sorted(inputs.items(), key=lambda item: item[1].window)}
-        self.lifetime = [list(inputs).index(name) for name in longest.values()]
+        self.lifetime = [(list(inputs).index(name), math.log(inputs[name].size, LARGE)) for name in longest.values()]
         num_encoded = len(schema.features) * (self.bins + 2)
         self.register_buffer("center_I", torch.zeros(num_encoded))
         self.register_buffer("scale_I", torch.ones(num_encoded))
         num_inputs = num_encoded + len(inputs) * self.bag_dim
         self.hidden_dim = 4 * config.dim if num_inputs else 0
-        self.bags_dim = len(self.lifetime) * self.bag_dim
+        self.direct_dim = len(schema.features) + len(self.lifetime) * self.bag_dim
         self.network = self._network(num_inputs, config.feature_layers) if num_inputs else None
         self.project = nn.Linear(self.hidden_dim, config.dim) if num_inputs else None
 
@@ -125,8 +127,14 @@ class FeatureEncoder(nn.Module):
         numbers = (numbers - self.center_I) * self.scale_I
         inputs = torch.cat([numbers, *bags], dim=1)
         hidden_BF = self.network(ops.dropout(inputs, self.dropout, self.training))
-        lifetime = torch.cat([numbers[:, :0], *(bags[i] for i in self.lifetime)], dim=1)
-        return Features(self.project(hidden_BF), hidden_BF, lifetime)
+        return Features(self.project(hidden_BF), hidden_BF, self._direct(numbers, bags))
+
+    def _direct(self, numbers_BI: Tensor, bags: list[Tensor]) -> Tensor:
+        """Scaled for a linear head under one penalty: a bag counts by the log of its vocabulary, for fields with few
+        values tell few users apart; the deviates of all numbers together count as half a bag."""
+        deviates_BP = numbers_BI[:, :: self.bins + 2]
+        scale = 0.5 * math.sqrt(self.bag_dim / max(1, deviates_BP.shape[1]))
+        return torch.cat([scale * deviates_BP, *(weight * bags[i] for i, weight in self.lifetime)], dim=1)
 
     @torch.no_grad()
     def init_numbers(self, features_BP: Tensor) -> None:
