@@ -169,6 +169,7 @@ class TrainingConfig(Config):
     keep_checkpoints: int = Field(2, ge=1)
     tensorboard: bool = False
     threads: int | None = Field(None, ge=1)
+    backend: str | None = None  # of the ops, as `python -m supermoe.doctor` lists them; None: the fastest for each call
 
 
 class ReportConfig(Config):

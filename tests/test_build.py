@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from supermoe import ops
 from supermoe.config import RunConfig, load_run
 from supermoe.data.store import Store
 from supermoe.training.build import build_run, build_tasks, event_names, field_counts, id_values
@@ -58,3 +59,17 @@ def test_a_balancer_of_unknown_tasks_is_refused(config: RunConfig, store: Store)
     raw["loss"]["balancer"] = {"type": "fixed", "weights": {"chrun": 2.0}}
     with pytest.raises(UserError, match="did you mean 'churn'"):
         build_run(validate(RunConfig, raw, "test"), store)
+
+
+def test_the_config_names_the_back_end(config: RunConfig, store: Store) -> None:
+    def named(backend: str | None) -> RunConfig:
+        return config.model_copy(update={"training": config.training.model_copy(update={"backend": backend})})
+
+    try:
+        build_run(named("reference"), store)
+        assert "forced" in ops.backends()["reference"]
+        with pytest.raises(UserError, match=r"training\.backend: there is no ops backend 'tuttle'; known: .*tutel"):
+            build_run(named("tuttle"), store)
+    finally:
+        build_run(named(None), store)
+    assert "forced" not in ops.backends()["reference"]

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from supermoe import ops
 from supermoe.config import RunConfig
 from supermoe.data.batches import Batches, label_rows
 from supermoe.data.disk import read_table
@@ -25,7 +26,7 @@ from supermoe.training.evaluation import Evaluation, evaluate
 from supermoe.training.router_health import EVENT
 from supermoe.training.trainer import Trainer
 from supermoe.training.warm_start import warm_start
-from supermoe.typed_yaml import build
+from supermoe.typed_yaml import UserError, build
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def build_run(config: RunConfig, store: Store) -> Run:
     seed_everything(config.seed)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
+    choose_backend(config.training.backend)
     tasks = build_tasks(config, store)
     heads = {name: task.head_spec() for name, task in tasks.items()}
     pretraining = {
@@ -100,6 +102,14 @@ def build_run(config: RunConfig, store: Store) -> Run:
         event_names=event_names(store),
     )
     return Run(config, store, tasks, heads, model, trainer)
+
+
+def choose_backend(name: str | None) -> None:
+    """Have every op of this process run on the back end that the config names; None: each call picks."""
+    try:
+        ops.use(name)
+    except ValueError as error:
+        raise UserError(f"training.backend: {error}") from error
 
 
 def pretraining_configs(config: RunConfig, store: Store, heads: dict[str, HeadSpec]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ FREE_KEYS = (
     "training.keep_checkpoints",
     "training.tensorboard",
     "training.threads",
+    "training.backend",
 )
 
 
