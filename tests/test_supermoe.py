@@ -206,7 +206,7 @@ def test_num_parameters() -> None:
     model = make_model()
     experts = sum(p.numel() for block in model.encoder.blocks[1:] for p in block.feed_forward.experts.parameters())
     tables = sum(p.numel() for p in model.parameters() if getattr(p, "is_table", False))
-    assert tables == (11 + 5 + 7) * 16  # the bags' are not learnt
+    assert tables == (11 + 5 + 7) * 16 + 2 * 11  # with the biases of the heads tied to one; the bags' are not learnt
     assert model.num_parameters() == sum(p.numel() for p in model.parameters())
     assert model.num_parameters(active=True) == model.num_parameters() - tables - experts // 2
 

@@ -34,9 +34,21 @@ def calendar(time_N: Tensor) -> Tensor:
     return torch.stack([hour_N, weekday_N.double() / 6], dim=1)
 
 
-def embedding_table(num_rows: int, dim: int) -> nn.Embedding:
-    """A vocabulary's table; id 0 contributes zero. `weight.is_table` marks it for the optimiser."""
-    table = nn.Embedding(num_rows, dim, padding_idx=PADDING)
+class Table(nn.Embedding):
+    """A vocabulary's table, all of it here."""
+
+    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """A matrix [., D] with the rows of these ids, padding's first, and their places in it, shaped as `ids`."""
+        return self.weight, ids
+
+
+def embedding_table(num_rows: int, dim: int, deferred_rows: int | None = None) -> Table:
+    """A vocabulary's table; id 0 contributes zero. `weight.is_table` marks it for the optimiser.
+
+    From `deferred_rows` rows on it is left on the meta device, without memory: see `distributed.table_parallel`.
+    """
+    deferred = deferred_rows is not None and num_rows >= deferred_rows
+    table = Table(num_rows, dim, padding_idx=PADDING, device="meta" if deferred else None)
     with torch.no_grad():
         table.weight.normal_(std=INIT_STD)
         table.weight[PADDING] = 0
@@ -44,11 +56,10 @@ def embedding_table(num_rows: int, dim: int) -> nn.Embedding:
     return table
 
 
-def mean_embedding(table: nn.Embedding, lists: Jagged) -> Tensor:
+def mean_embedding(table: Table, lists: Jagged) -> Tensor:
     """Mean of the embeddings in every list -> [n, D]; padding does not count, an empty list gives zero."""
-    return F.embedding_bag(
-        lists.ids, table.weight, lists.offsets, mode="mean", include_last_offset=True, padding_idx=PADDING
-    )
+    weight, place = table.rows(lists.ids)
+    return F.embedding_bag(place, weight, lists.offsets, mode="mean", include_last_offset=True, padding_idx=PADDING)
 
 
 class InterpolatedEmbedding(nn.Module):
@@ -90,16 +101,18 @@ class EventEmbedding(nn.Module):
 
     Time features are always there: gap to the user's previous event, hour of day, weekday. An event never sees the
     time of the next one, neither here nor in attention: what comes next is predicted without knowing when.
+
+    `deferred_rows`: see `embedding_table`.
     """
 
-    def __init__(self, schema: Schema, config: ModelConfig):
+    def __init__(self, schema: Schema, config: ModelConfig, deferred_rows: int | None = None):
         super().__init__()
         self.categories = [name for name, field in schema.fields.items() if field.kind == "category"]
         self.lists = [name for name, field in schema.fields.items() if field.kind == "categories"]
         self.numbers = [name for name, field in schema.fields.items() if field.kind == "number"]
         self.tables = ByName()
         for name in self.categories + self.lists:
-            self.tables[name] = embedding_table(schema.fields[name].size, config.dim)
+            self.tables[name] = embedding_table(schema.fields[name].size, config.dim, deferred_rows)
         knots = [config.number_bins] * (len(self.numbers) + 1)  # numbers and the gap
         self.interpolated = InterpolatedEmbedding([*knots, *CALENDAR_KNOTS], config.dim)
         self.norm = nn.LayerNorm(config.dim, bias=False)

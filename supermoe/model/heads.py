@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from supermoe import ops
 from supermoe.data.batch import Batch
 from supermoe.data.schema import FIRST_ID
+from supermoe.model.embedding import Table
 from supermoe.model.packed import read_of_events
 
 PRIOR_COUNTS = 60.0  # counts that a field head's prior is worth beside a user's own
@@ -121,14 +122,20 @@ class FieldHead(nn.Module):
     Of events there is no copy term: bags are counted at an example's cut.
     """
 
-    def __init__(self, width: int, table: nn.Embedding, bags: list[str], dropout: float):
+    def __init__(self, width: int, table: Table, bags: list[str], dropout: float):
         super().__init__()
         self._tied = (table,)  # in a tuple, so that the table stays the event embedding's parameter alone
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, table.embedding_dim, bias=False)
-        self.bias = nn.Parameter(torch.zeros(table.num_embeddings))
+        self.bias = nn.Parameter(torch.zeros(table.num_embeddings, device=table.weight.device))
+        self.bias.is_table = True  # type: ignore[attr-defined]  # told to the optimiser
         self.copy = CopyTerm(width, table.num_embeddings, bags, start=1.0) if bags else None
         self.dropout = dropout
+
+    @property
+    def tied(self) -> Table:
+        """The table whose rows score the ids."""
+        return self._tied[0]
 
     @torch.no_grad()
     def start_at(self, prior_V: Tensor) -> None:
@@ -147,7 +154,12 @@ class FieldHead(nn.Module):
 
     def table(self) -> tuple[Tensor, Tensor]:
         """weight_VD and bias_V over the whole vocabulary, padding and unknown included."""
-        return self._tied[0].weight, self.bias
+        return self.tied.weight, self.bias
+
+    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A weight [., D] and a bias [.] that hold the rows of these ids, and the ids' places in them."""
+        weight, place = self.tied.rows(ids)
+        return weight, self.bias, place
 
     def logits(self, x_BX: Tensor, batch: Batch) -> Tensor:
         """Read-outs x_BX of the batch's examples -> logits_BV."""

@@ -33,15 +33,18 @@ class Output:
 class SuperMoE(nn.Module):
     """Event embedding, encoder with indicators, read-out, and a head per task or pre-training objective (by its name).
 
-    Heads that read examples are tasks: each asks a question of its own where the read-out wants it.
+    Heads that read examples are tasks: each asks a question of its own where the read-out wants it. `deferred_rows`:
+    see `embedding_table`.
     """
 
-    def __init__(self, schema: Schema, config: ModelConfig, heads: dict[str, HeadSpec]):
+    def __init__(
+        self, schema: Schema, config: ModelConfig, heads: dict[str, HeadSpec], deferred_rows: int | None = None
+    ):
         super().__init__()
         self.config = config
         tasks = [name for name, spec in heads.items() if spec.reads == "example"]
         self.reads_events = any(spec.reads == "event" for spec in heads.values())
-        self.embedding = EventEmbedding(schema, config)
+        self.embedding = EventEmbedding(schema, config, deferred_rows)
         self.encoder = Encoder(config)
         self.direct = [name for name in tasks if heads[name].direct]
         self.readout = build("supermoe.model.readouts", config.readout, dim=config.dim, tasks=tasks)

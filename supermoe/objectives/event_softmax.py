@@ -63,22 +63,25 @@ class EventSoftmax:
 
     def losses(self, head: Any, x_ND: Tensor, target_N: Tensor) -> Tensor:
         """Loss of predicting the ids `target_N` (all >= FIRST_ID) from the event outputs -> [N]."""
-        weight_VD, bias_V = head.table()
-        query_ND, classes_N = head.query(x_ND), target_N - FIRST_ID
-        weight, bias = weight_VD[FIRST_ID:], bias_V[FIRST_ID:]
-        if len(target_N) == 0:  # still part of the graph, so that every rank has every gradient
-            return query_ND.sum(dim=-1)
+        query_ND = head.query(x_ND)
         if self.num_negatives is None:
-            return ops.linear_cross_entropy(query_ND, weight, bias, classes_N, self.precision)
-        negatives_J = self._draw(x_ND.device)
-        return ops.sampled_cross_entropy(query_ND, weight, bias, classes_N, negatives_J, self.log_q(x_ND.device))
+            weight_VD, bias_V = head.table()
+            weight, bias = weight_VD[FIRST_ID:], bias_V[FIRST_ID:]
+            if len(target_N) == 0:  # still part of the graph, so that every rank has every gradient
+                return (query_ND @ weight.t() + bias).sum(dim=-1)
+            return ops.linear_cross_entropy(query_ND, weight, bias, target_N - FIRST_ID, self.precision)
+        ids = torch.cat([target_N, self._draw(x_ND.device) + FIRST_ID])
+        weight, bias, place = head.rows(ids)  # also where nothing is predicted: other ranks may wait for this one
+        log_q = bias.new_zeros(len(bias)).index_put((place,), self.log_q(ids - FIRST_ID).to(bias.dtype))
+        return ops.sampled_cross_entropy(
+            query_ND, weight, bias, *place.split([len(target_N), self.num_negatives]), log_q
+        )
 
-    def log_q(self, device: torch.device) -> Tensor:
-        """Log probability of drawing each class -> fp32 [V - 2]."""
+    def log_q(self, classes: Tensor) -> Tensor:
+        """Log probability of drawing each of these classes -> fp32, of the same shape."""
         if self.hashed:
-            return torch.full((self.num_classes,), -math.log(self.num_classes), device=device)
-        rank = torch.arange(self.num_classes, device=device, dtype=torch.float32)
-        return torch.log(torch.log1p(1 / (rank + 1)) / math.log(self.num_classes + 1))
+            return torch.full(classes.shape, -math.log(self.num_classes), device=classes.device)
+        return torch.log(torch.log1p(1 / (classes.float() + 1)) / math.log(self.num_classes + 1))
 
     def _draw(self, device: torch.device) -> Tensor:
         uniform_J = torch.rand(self.num_negatives or 0, device=device, dtype=torch.float64)

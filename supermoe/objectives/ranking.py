@@ -43,6 +43,7 @@ class _Ranking(Task):
         self.softmax = EventSoftmax(schema, self.field)
 
     def init_head(self, head: Any) -> None:
+        head.table()  # where it is sharded this is refused now, and not at the first evaluation
         set_field_bias(head, self.prior_C)
 
     def prior_scores(self, num_examples: int) -> Scores:
