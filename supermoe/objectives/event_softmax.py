@@ -73,9 +73,8 @@ class EventSoftmax:
         ids = torch.cat([target_N, self._draw(x_ND.device) + FIRST_ID])
         weight, bias, place = head.rows(ids)  # also where nothing is predicted: other ranks may wait for this one
         log_q = bias.new_zeros(len(bias)).index_put((place,), self.log_q(ids - FIRST_ID).to(bias.dtype))
-        return ops.sampled_cross_entropy(
-            query_ND, weight, bias, *place.split([len(target_N), self.num_negatives]), log_q
-        )
+        target, negatives = place[: len(target_N)], place[len(target_N) :]
+        return ops.sampled_cross_entropy(query_ND, weight, bias, target, negatives, log_q)
 
     def log_q(self, classes: Tensor) -> Tensor:
         """Log probability of drawing each of these classes -> fp32, of the same shape."""
