@@ -1,7 +1,7 @@
 """Where a log comes from: files named in the config, frames handed over in Python, or a named data set.
 
 A source has `attach(con) -> SourceTables`, which makes views in our column names, and `fingerprint()`, which changes
-with the content (None: never reuse a store). Named data sets are in `supermoe/data/datasets.py`.
+with the content (None: never reuse a store). Named data sets are in `supermoe/data/datasets.py` and `synthetic.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from supermoe import typed_yaml
 from supermoe.data.datasets import CompleteJourney, MovieLens
 from supermoe.data.opening import Raw, find_files, open_files, open_frame
 from supermoe.data.reading import Columns, TimedColumns
+from supermoe.data.synthetic import Synthetic
 from supermoe.data.tables import EventTable, ItemTable, SourceTables, attach
 from supermoe.typed_yaml import UserError, nearest, validate
 
@@ -169,4 +170,4 @@ class Frames:
         return None
 
 
-REGISTRY = {"files": Files, "complete_journey": CompleteJourney, "movielens": MovieLens}
+REGISTRY = {"files": Files, "complete_journey": CompleteJourney, "movielens": MovieLens, "synthetic": Synthetic}

@@ -1,0 +1,137 @@
+"""The seesaw study in a small world: what it writes, uses again and refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from supermoe.config import load_run
+from supermoe.data.store import Store
+from supermoe.seesaw import main
+from supermoe.studies import seesaw, seesaw_runs
+from supermoe.typed_yaml import UserError
+
+COMMAND = ["--config", "config.yaml", "--seeds", "1", "--methods", "uncertainty,shared_bottom"]
+VARIANT = ["--variant", "slow: loss.balancer=equal training.lr=1e-4"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which a study of two tasks and four methods was carried out. Not to be changed."""
+    folder = tmp_path_factory.mktemp("seesaw")
+    tiny.make_log().to_parquet(folder / "events.parquet")
+    tiny.make_users().to_parquet(folder / "users.parquet")
+    config = tiny.make_config(Path()).model_dump(mode="json")
+    config["tasks"] = {name: config["tasks"][name] for name in ("churn", "types")}
+    config["training"] |= {"max_steps": 1, "threads": 1}
+    config["model"] |= {"dim": 8, "layers": 1, "dense_layers": 0}
+    config["seed"] = 3
+    config["loss"] = {"balancer": {"type": "equal"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with contextlib.chdir(folder):
+        main([*COMMAND, *VARIANT])
+    return folder
+
+
+@pytest.fixture
+def inside(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In the folder of the finished study."""
+    monkeypatch.chdir(finished)
+    return finished
+
+
+def result() -> dict:
+    return json.loads(Path("run/seesaw/seesaw.json").read_text())
+
+
+def test_the_report_is_complete(inside: Path) -> None:
+    found = result()
+    assert list(found["methods"]) == ["equal", "uncertainty", "shared_bottom", "slow"]
+    assert (found["split"], found["selected_on"], found["own"], found["seeds"]) == ("test", "valid", "equal", [3])
+    for row in found["tasks"].values():
+        assert len(row["alone"]["values"]) == 1
+        for method in row["methods"].values():
+            assert method["gain"] == pytest.approx(method["mean"] - row["alone"]["mean"])
+            assert method["interval"][0] <= method["interval"][1]
+    equal, moving = found["methods"]["equal"], found["methods"]["uncertainty"]
+    assert list(equal["weights"]["weight"][0]) == list(moving["weights"]["weight"][0])
+    assert equal["gradients"]["tasks"] == ["churn", "types"]
+    assert sum(equal["experts"]["layer 0"]["churn"]) == pytest.approx(1)
+    assert list(json.loads(Path("run/seesaw/reference.json").read_text())) == ["churn", "types"]
+    text = Path("run/seesaw/seesaw.md").read_text()
+    assert "Measured on the split `test`; weights were selected on `valid`" in text
+    assert "`slow`: loss.balancer=equal training.lr=1e-4" in text
+    for image in ("gains", "weights", "cosines", "experts"):
+        assert Path(f"run/seesaw/plots/{image}.png").stat().st_size > 0
+
+
+def test_every_training_is_a_run_that_differs_only_where_it_should(inside: Path) -> None:
+    folders = sorted(Path("run/seesaw/runs").iterdir())
+    assert len(folders) == 2 + 4
+    configs = {folder.name.rpartition("-")[0]: load_run(folder / "config.yaml") for folder in folders}
+    assert list(configs["alone.churn-seed3"].tasks) == ["churn"]
+    assert list(configs["uncertainty-seed3"].tasks) == ["churn", "types"]
+    assert configs["shared_bottom-seed3"].model.readout.type == "shared_bottom"
+    assert configs["shared_bottom-seed3"].loss.balancer.type == "equal"
+    assert {config.store for config in configs.values()} == {Path("run/store")}
+    assert {config.training.max_steps for config in configs.values()} == {1}
+    assert configs["equal-seed3"].seed == 3
+    for folder in folders:
+        assert {"env.json", "log.txt", "metrics.jsonl", "report.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_what_is_trained_is_used_again_and_what_was_stopped_goes_on(
+    inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, train = [], seesaw_runs.train
+    monkeypatch.setattr(seesaw_runs, "train", lambda folder: (trained.append(folder.name), train(folder)))
+    monkeypatch.setattr(seesaw, "write_seesaw_report", lambda out, result: None)
+    before = result()
+    stopped = next(Path("run/seesaw/runs").glob("equal-seed3-*"))
+    predictions = (stopped / "predictions/test/churn.parquet").read_bytes()
+    (stopped / "report.json").unlink()  # the last thing that a training writes
+    main([*COMMAND, *VARIANT])
+    assert trained == [stopped.name]
+    assert (stopped / "predictions/test/churn.parquet").read_bytes() == predictions
+    assert result() == before
+    configs = {"equal": load_run("config.yaml", ["training.lr=1e-3"])}
+    (other,) = seesaw_runs.plan(configs, 1, Path("run/seesaw"), Store.open(Path("run/store")).fingerprint, 1)
+    assert not other.is_done  # another config is another training
+
+
+def test_the_validation_split_can_be_reported_without_training(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seesaw_runs, "train", lambda folder: pytest.fail(f"{folder} is trained again"))
+    monkeypatch.setattr(seesaw, "write_seesaw_report", lambda out, result: None)
+    monkeypatch.setattr(seesaw, "publish_text", lambda path, text: None)
+    assert (
+        seesaw.study(seesaw.Request(Path("config.yaml"), seeds=1, methods=["uncertainty"], split="valid"))["split"]
+        == "valid"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "uncertanty"], "--methods: unknown method 'uncertanty', did you mean 'uncertainty'"),
+        (["--methods", "fixed"], "weights"),
+        (["tasks.types=null"], "a seesaw needs two tasks or more, there is only 'churn'"),
+        (["--variant", "other: tasks.churn.label.window=7d"], "--variant other: all methods share one store"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused(inside: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(["--config", "config.yaml", *arguments])
+
+
+def test_a_study_needs_a_validation_and_a_test_cut(inside: Path, tmp_path: Path) -> None:
+    cuts = "data.splits={type: time, train: [2020-08-01], valid: 2020-10-01}"
+    with pytest.raises(UserError, match=r"no examples of the split test; give data\.splits\.test a cut, or"):
+        main(["--config", "config.yaml", cuts, f"run={tmp_path}"])
+    cuts = "data.splits={type: time, train: [2020-08-01], test: 2020-10-01}"
+    with pytest.raises(UserError, match="needs a validation cut"):
+        main(["--config", "config.yaml", cuts, f"run={tmp_path}"])
