@@ -73,3 +73,17 @@ def test_the_config_names_the_back_end(config: RunConfig, store: Store) -> None:
     finally:
         build_run(named(None), store)
     assert "forced" not in ops.backends()["reference"]
+
+
+@pytest.mark.parametrize(("tasks", "epochs"), [(["churn"], 6), (["churn", "item"], 30)])
+def test_a_run_is_as_long_as_its_tasks_need(config: RunConfig, store: Store, tasks: list[str], epochs: int) -> None:
+    kept = {name: config.tasks[name] for name in tasks}
+    training = config.training.model_copy(update={"epochs": None})
+    trainer = build_run(config.model_copy(update={"tasks": kept, "training": training}), store).trainer
+    assert trainer.num_steps == epochs * trainer.steps_per_epoch
+
+
+@pytest.mark.parametrize(("refit", "minutes"), [(True, 4.0), (False, 8.0)])
+def test_a_refit_shares_the_minutes(config: RunConfig, store: Store, refit: bool, minutes: float) -> None:
+    training = config.training.model_copy(update={"max_minutes": 8.0, "refit": refit})
+    assert build_run(config.model_copy(update={"training": training}), store).trainer.config.max_minutes == minutes

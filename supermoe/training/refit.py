@@ -8,11 +8,6 @@ from supermoe.training.build import Run, build_run
 FOLDER = "refit"  # in the run's folder
 
 
-def wants_refit(run: Run) -> bool:
-    """Does the config ask for it, and is validation a cut in time (not each user's last event but one)?"""
-    return run.config.training.refit and bool(run.store.summary["cuts"].get("valid"))
-
-
 def build_refit(run: Run) -> Run:
     """A run from the beginning on training and validation examples; it stops at the best share of `run`'s schedule.
 
@@ -21,4 +16,5 @@ def build_refit(run: Run) -> Run:
     told = {name: task.config for name, task in run.tasks.items()}
     attributes = [name for name, task in told.items() if task.label.attribute is not None and task.eligible is None]
     store = MergedStore(run.store, attributes)
-    return build_run(run.config, store, folder=run.config.run / FOLDER, until=run.trainer.progress["best_share"])
+    folder, until = run.config.run / FOLDER, run.trainer.progress["best_share"]
+    return build_run(run.config, store, folder=folder, until=until, world=run.trainer.world)
