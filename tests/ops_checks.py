@@ -1,4 +1,4 @@
-"""What the tests of the ops share: the comparison of outputs and gradients with the fp64 reference."""
+"""What the tests of the ops share: operands of experts, the comparison of outputs and gradients with the reference."""
 
 from __future__ import annotations
 
@@ -6,6 +6,29 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+DIM, HIDDEN, EXPERTS = 16, 32, 4
+ACTIVATIONS = ["gelu", "silu", "relu2", "swiglu"]
+
+
+def operands(num_tokens: int, k: int, activation: str = "gelu", experts: int = EXPERTS) -> list[Tensor]:
+    """x, combination weights and both stacks, of a size that keeps outputs of order 1."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    columns = 2 * HIDDEN if activation == "swiglu" else HIDDEN
+    shapes = [(num_tokens, DIM), (num_tokens, k), (experts, DIM, columns), (experts, HIDDEN, DIM)]
+    scales = [1.0, 1.0, DIM**-0.5, HIDDEN**-0.5]
+    return [s * torch.randn(*shape, generator=generator) for s, shape in zip(scales, shapes, strict=True)]
+
+
+def choices(num_tokens: int, k: int, experts: int = EXPERTS) -> Tensor:
+    """k different experts for every token."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    return torch.rand(num_tokens, experts, generator=generator).argsort(dim=1)[:, :k]
+
+
+def layer(module: object, expert_NK: Tensor, activation: str = "gelu") -> Callable[..., Tensor]:
+    """A module's feed-forward of the operands, the experts chosen."""
+    return lambda x, g, w_in, w_out: module.expert_ffn(x, expert_NK, g, w_in, w_out, activation)
 
 
 def values_and_grads(

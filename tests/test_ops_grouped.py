@@ -2,32 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops_checks import assert_as_exact_as_torch, assert_same
+from ops_checks import ACTIVATIONS, DIM, EXPERTS, assert_as_exact_as_torch, assert_same, choices, layer, operands
 from torch import Tensor
 
 from supermoe.ops import grouped, reference
 
-DIM, HIDDEN, EXPERTS = 16, 32, 4
-ACTIVATIONS = ["gelu", "silu", "relu2", "swiglu"]
 ROUNDING = 1e-5  # fp32 sums over at most 100 rows of products of order 1
-
-
-def operands(num_tokens: int, k: int, activation: str = "gelu", experts: int = EXPERTS) -> list[Tensor]:
-    """x, combination weights and both stacks, of a size that keeps outputs of order 1."""
-    generator = torch.Generator().manual_seed(num_tokens)
-    columns = 2 * HIDDEN if activation == "swiglu" else HIDDEN
-    shapes = [(num_tokens, DIM), (num_tokens, k), (experts, DIM, columns), (experts, HIDDEN, DIM)]
-    scales = [1.0, 1.0, DIM**-0.5, HIDDEN**-0.5]
-    return [s * torch.randn(*shape, generator=generator) for s, shape in zip(scales, shapes, strict=True)]
-
-
-def choices(num_tokens: int, k: int, experts: int = EXPERTS) -> Tensor:
-    generator = torch.Generator().manual_seed(num_tokens)
-    return torch.rand(num_tokens, experts, generator=generator).argsort(dim=1)[:, :k]
-
-
-def layer(module: object, expert_NK: Tensor, activation: str = "gelu"):
-    return lambda x, g, w_in, w_out: module.expert_ffn(x, expert_NK, g, w_in, w_out, activation)
 
 
 def check(expert_NK: Tensor, activation: str = "gelu", weights: Tensor | None = None, experts: int = EXPERTS) -> None:

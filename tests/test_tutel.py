@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from ops_checks import assert_as_exact_as_torch, assert_same
-from test_ops_grouped import ACTIVATIONS, EXPERTS, choices, layer, operands
+from ops_checks import ACTIVATIONS, EXPERTS, assert_as_exact_as_torch, assert_same, choices, layer, operands
 from torch import Tensor
 
 from supermoe import ops
