@@ -138,6 +138,8 @@ class LossConfig(Config):
     """How the tasks' losses become one."""
 
     balancer: Annotated[Any, Seat("supermoe.objectives.balancers")] = "equal"
+    units: Literal["prior", "none"] = "prior"  # every loss over its prior's, or in its own unit
+    few_users: float = Field(1000, ge=0)  # a task of n labelled users has a say of n / (n + few_users)
     # None: `next_event`, unless a task learns from events already; {} for none at all
     pretraining: dict[str, Annotated[Any, Seat("supermoe.objectives.pretraining")] | None] | None = None
 
@@ -145,12 +147,12 @@ class LossConfig(Config):
 class TrainingConfig(Config):
     """The loop."""
 
-    epochs: int = Field(6, ge=1)
+    epochs: int | None = Field(None, ge=1)  # None: 6, or 30 where a task learns from every event
     max_steps: int | None = Field(None, ge=1)  # ends earlier than `epochs`
-    max_minutes: float | None = Field(None, gt=0)  # wall-clock stop; such a run is not bit-reproducible
+    max_minutes: float | None = Field(None, gt=0)  # wall-clock stop, refit included; not bit-reproducible
     tokens_per_batch: int = Field(8192, ge=1)  # events of one micro-batch
     examples_per_batch: int | None = Field(512, ge=1)
-    accumulate: int = Field(1, ge=1)  # micro-batches per optimiser step
+    accumulate: int | None = Field(None, ge=1)  # micro-batches per optimiser step over all ranks; default: 1 per rank
     optimizer: Literal["adamw"] = "adamw"
     lr: float = Field(1.5e-3, gt=0)
     table_optimizer: Literal["adamw", "rowwise_adagrad"] = "adamw"  # of the embedding tables
@@ -165,11 +167,38 @@ class TrainingConfig(Config):
     ema: float | None = Field(0.98, gt=0, lt=1)  # decay per step of the averaged weights that count
     evaluate_every: int | None = Field(None, ge=1)  # steps; default: every epoch
     patience: int | None = Field(None, ge=1)  # evaluations without improvement before stopping
+    refit: bool = True  # train again, for as long as was best, on train and validation cuts; that model is the result
     checkpoint_every: int = Field(200, ge=1)  # steps
     keep_checkpoints: int = Field(2, ge=1)
     tensorboard: bool = False
     threads: int | None = Field(None, ge=1)
     backend: str | None = None  # of the ops, as `python -m supermoe.doctor` lists them; None: the fastest for each call
+
+
+FAIRSCALE_REFUSED = {
+    "fairscale_sdp": "fairscale 0.4.13's ShardedDataParallel trains on wrong gradients from the second step on: since "
+    "torch 2 zero_grad() sets gradients to None, and they leave the buckets that it reduces (fairscale issue 354)",
+    "fairscale_fsdp": "fairscale 0.4.13's FullyShardedDataParallel does not run: it takes CUDA streams for granted and "
+    "is no longer developed",
+}
+
+
+class DistributedConfig(Config):
+    """Under torchrun: how the ranks share the work. May differ between two starts of one run."""
+
+    expert: int = Field(1, ge=1)  # neighbouring ranks that hold the experts in turn; the rest of the ranks replicate
+    # how the dense weights are kept: whole on every rank (ddp), sharded (fsdp2), or whole with a sharded optimiser
+    # state (fairscale: its OSS under DDP, extra `fairscale`)
+    strategy: Literal["ddp", "fsdp2", "fairscale"] = "ddp"
+    shard_tables: int | None = Field(None, ge=1)  # tables of this many rows and more lie by rows on all ranks
+    timeout: Duration = 600  # of a collective; then the ranks that are missing are named
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _refuse(cls, value: Any) -> Any:
+        if value in FAIRSCALE_REFUSED:
+            raise ValueError(f"{FAIRSCALE_REFUSED[value]}; use fsdp2, or fairscale for its sharded optimiser under DDP")
+        return value
 
 
 class ReportConfig(Config):
@@ -201,6 +230,7 @@ class RunConfig(Config):
     model: ModelConfig = Field(default_factory=ModelConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
 

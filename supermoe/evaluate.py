@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from supermoe import cli
 from supermoe.config import RunConfig, load_run
 from supermoe.data.disk import writing
 from supermoe.data.store import Store
+from supermoe.distributed.mesh import World, launched, start
 from supermoe.studies.baselines import boosting
-from supermoe.training.build import build_run
+from supermoe.training.build import Run, build_run, wants_refit
+from supermoe.training.evaluation import Evaluation
 from supermoe.training.predictions import write_predictions
-from supermoe.training.refit import build_refit, wants_refit
+from supermoe.training.refit import build_refit
 from supermoe.training.report import write_report
 from supermoe.training.trainer import BEST
 from supermoe.typed_yaml import UserError
@@ -31,25 +34,35 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"{args.run}: there are no trained weights here; give the `run` folder of a finished supermoe.train"
         )
-    with writing(args.run):
-        evaluate(load_run(args.run / "config.yaml", [f"run={args.run}"]), args.split)
+    config = load_run(args.run / "config.yaml", [f"run={args.run}"])
+    expert = math.gcd(config.distributed.expert, launched()[1])  # a run is measured on fewer ranks than trained it, too
+    distributed = config.distributed.model_copy(update={"expert": expert})
+    with writing(args.run), start(distributed) as world:
+        evaluate(config.model_copy(update={"distributed": distributed}), args.split, world)
 
 
-def evaluate(config: RunConfig, split: str | None = None) -> None:
+def evaluate(config: RunConfig, split: str | None = None, world: World | None = None) -> None:
     """Measure the best weights of a run on a split, the one that training reported by default, and print the table."""
+    world = world or World()
     store = Store.open(config.store)
-    run = build_run(config, store)
+    run = build_run(config, store, world=world)
     split = split or run.measured_split
     if len(store.rows_of(split)) == 0:
         raise UserError(f"{config.store} holds no examples of the split {split}; choose another --split")
     run.trainer.resume()
     measured = run
-    if split == "test" and wants_refit(run):
+    if split == "test" and wants_refit(run.config, run.store):
         measured = build_refit(run)
         measured.trainer.resume()
     evaluation = measured.evaluate(split)
-    baseline = boosting(measured.store, run.tasks, split) if config.report.boosting else {}
-    predictions = write_predictions(config.run / "predictions", store, measured.tasks, evaluation)
+    world.first(lambda: report(run, measured, evaluation))
+
+
+def report(run: Run, measured: Run, evaluation: Evaluation) -> None:
+    """Rewrite predictions and report, and print the table."""
+    config = run.config
+    baseline = boosting(measured.store, run.tasks, evaluation.split) if config.report.boosting else {}
+    predictions = write_predictions(config.run / "predictions", run.store, measured.tasks, evaluation)
     print(write_report(config.run, run.tasks, evaluation, baseline, run.facts(), config.report.plots))
     print(f"\nreport      {config.run / 'report.md'}\npredictions {predictions}")
 

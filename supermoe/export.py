@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from supermoe import cli
+from supermoe.distributed.mesh import launched
 from supermoe.serving.artifact import Artifact
 from supermoe.serving.export import export
 from supermoe.serving.population import Request, add_arguments
@@ -17,8 +18,10 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(argv)
     artifact = Artifact.load(args.model)
-    manifest = export(artifact, Request.parse(artifact, args), args.out)
-    print(f"embeddings: {manifest}")
+    rank, size = launched()
+    manifest = export(artifact, Request.parse(artifact, args).share(rank, size), args.out)
+    if rank == 0:
+        print(f"embeddings: {manifest}")
 
 
 if __name__ == "__main__":

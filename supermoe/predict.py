@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from supermoe import cli
+from supermoe.distributed.mesh import launched
 from supermoe.serving.artifact import Artifact
 from supermoe.serving.population import Request, add_arguments
 from supermoe.serving.predict import predict
@@ -19,8 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     artifact = Artifact.load(args.model)
     tasks = args.tasks.split(",") if args.tasks else None
-    manifest = predict(artifact, Request.parse(artifact, args), args.out, tasks)
-    print(f"predictions: {manifest}")
+    rank, size = launched()
+    manifest = predict(artifact, Request.parse(artifact, args).share(rank, size), args.out, tasks)
+    if rank == 0:
+        print(f"predictions: {manifest}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,11 @@ class FakeBatches:
             self.served += 1
             yield self.batches[i]
 
+    def steps(self, epoch: int, size: int, start: int = 0) -> Iterator[list[Batch]]:
+        batches = self.epoch(epoch, start * size)
+        while step := list(itertools.islice(batches, size)):
+            yield step
+
 
 def make_model(tasks: dict[str, Task], pretraining: dict[str, NextEvent], seed: int = 0) -> SuperMoE:
     """A small model with dropout, whose heads start at the priors."""
@@ -132,8 +138,8 @@ def make_objective(balancer: str = "equal", **options: Any) -> Objective:
     """All tasks, next-event pre-training, and a balancer."""
     tasks, extra = make_tasks(), NextEvent(NextEvent.Config(fields=["type"]), name="next", schema=run_schema())
     extra.fit_prior({})
-    names = [*tasks, "next"]
-    return Objective(tasks, {"next": extra}, BALANCERS[balancer](BALANCERS[balancer].Config(**options), names=names))
+    cls = BALANCERS[balancer]
+    return Objective(tasks, {"next": extra}, cls(cls.Config(**options), names=list(tasks)))
 
 
 def make_trainer(

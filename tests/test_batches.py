@@ -78,12 +78,27 @@ def test_the_order_depends_on_seed_and_epoch_alone_and_resumes_anywhere(store):
     assert len(whole) == len(loader)
 
 
-def test_ranks_take_equal_steps_and_share_all_examples(store):
-    loaders = [make(store, shuffle=True, rank=r, world_size=3) for r in range(3)]
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_ranks_deal_out_the_same_batches_and_end_together(store, ranks):
+    """A step's batches do not depend on the number of ranks; who has none left takes an empty one."""
+    whole = [[b.example_B.tolist() for b in step] for step in make(store, shuffle=True).steps(1, size=3)]
+    assert [len(step) for step in whole] == [3] * (len(whole) - 1) + [len(make(store)) - 3 * (len(whole) - 1)]
+    loaders = [make(store, shuffle=True, rank=r, world_size=ranks) for r in range(ranks)]
+    assert {len(loader) for loader in loaders} == {len(make(store))}
+    for step, *shares in zip(whole, *(loader.steps(1, size=3) for loader in loaders), strict=True):
+        assert {len(share) for share in shares} == {-(-len(step) // ranks)}
+        dealt = [share[i].example_B.tolist() for i in range(len(shares[0])) for share in shares]
+        assert dealt == step + [[]] * (len(dealt) - len(step))
     parts = [[b.example_B for b in loader.epoch(0)] for loader in loaders]
     assert len({len(p) for p in parts}) == 1
     rows = torch.cat([row for part in parts for row in part])
     assert sorted(rows.tolist()) == list(range(len(store.examples.user)))
+
+
+def test_steps_resume_anywhere(store):
+    steps = [[b.example_B.tolist() for b in step] for step in make(store, shuffle=True).steps(2, size=2)]
+    again = [[b.example_B.tolist() for b in step] for step in make(store, shuffle=True).steps(2, size=2, start=1)]
+    assert again == steps[1:]
 
 
 def test_a_batch_keeps_to_its_budget(store):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,10 @@ def tensors(value: float) -> dict:
 
 
 def save(checkpoints: Checkpoints, *steps: int) -> list[Path]:
-    return [checkpoints.save(step, tensors(step), {"best": step}) for step in steps]
+    for step in steps:
+        checkpoints.save(step, tensors(step), {"best": step})
+        checkpoints.wait()
+    return [checkpoints.folder / f"step_{step:08d}" for step in steps]
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -60,7 +64,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, dama
     elif damage == "missing":
         data.unlink()
     elif damage == "manifest":
-        (new / MANIFEST).write_text('{"version": 1, "st')
+        (new / MANIFEST).write_text('{"version": 2, "st')
     else:
         (new / MANIFEST).unlink()
     with pytest.warns(UserWarning, match="step_00000002 is damaged"):
@@ -106,6 +110,25 @@ def test_a_write_that_fails_leaves_nothing_that_looks_whole(tmp_path: Path, monk
     with pytest.raises(UserError, match=r"step_00000002: No space left on device.*earlier checkpoints are untouched"):
         save(checkpoints, 2)
     assert list(good.parent.iterdir()) == [good]
+
+
+def test_training_does_not_wait_for_the_disk_and_a_copy_is_written(tmp_path: Path, monkeypatch) -> None:
+    checkpoints, state, release = make(tmp_path), tensors(1), threading.Event()
+    write = checkpoint.dcp.save
+
+    def slow_disk(*args, **kwargs):
+        assert release.wait(60)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", slow_disk)
+    checkpoints.save(1, state, {"best": 1})
+    state["model"]["w"].fill_(-1)  # training goes on while the disk has not even begun
+    assert not list(checkpoints.folder.glob("step_*"))
+    release.set()
+    with checkpoints.finished():
+        pass
+    checkpoints.load(checkpoints.folder / "step_00000001", state)
+    assert torch.equal(state["model"]["w"], torch.ones(50, 3))
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:

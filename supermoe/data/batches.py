@@ -21,8 +21,8 @@ class Batches:
     """The batches of one split, in an order that (seed, epoch) decide alone, so (epoch, index) is the whole position.
 
     A read is a slice of at most `max_events` events of one user. Examples of the same user whose histories overlap
-    share a read, so that several cuts cost one history pass. Every rank takes the same number of batches in every
-    epoch.
+    share a read, so that several cuts cost one history pass. What a batch holds does not depend on the number of ranks:
+    they deal the batches out among themselves, and all take equally many, if need be empty ones.
     """
 
     def __init__(
@@ -55,12 +55,11 @@ class Batches:
         if examples_per_batch:
             cost = np.maximum(cost, np.diff(self.example_offsets) / examples_per_batch)
         self._cost = cost + 1e-9
-        num_batches = max(1, math.ceil(self._cost.sum())) if len(cost) else 0
-        self._num_global = math.ceil(num_batches / world_size) * world_size
+        self._num_batches = max(1, math.ceil(self._cost.sum())) if len(cost) else 0
 
     def __len__(self) -> int:
-        """Batches of one epoch on this rank."""
-        return self._num_global // self.world_size
+        """Batches of one epoch, over all ranks."""
+        return self._num_batches
 
     @property
     def num_examples(self) -> int:
@@ -68,17 +67,33 @@ class Batches:
         return len(self.example)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from position `start` on."""
+        """This rank's batches of one epoch, from the `start`-th on."""
+        for batches in self.steps(epoch, self.world_size, start):
+            yield from batches
+
+    def steps(self, epoch: int, size: int, start: int = 0) -> Iterator[list[Batch]]:
+        """One epoch in steps of `size` batches, the last one of what is left: this rank's share of each step.
+
+        All ranks' shares of a step are equally long; one that has run out of batches gets empty ones.
+        """
+        parts = self._parts(epoch)
+        nothing = np.zeros(0, np.int64)
+        for first in range(start * size, len(parts), size):
+            step = parts[first : first + size]
+            step += [nothing] * (-len(step) % self.world_size)
+            yield [self.collate(reads) for reads in step[self.rank :: self.world_size]]
+
+    def _parts(self, epoch: int) -> list[np.ndarray]:
+        """The reads of every batch of one epoch."""
+        if self._num_batches == 0:
+            return []
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self._cost))
         else:
             order = np.argsort(-self.read_length, kind="stable")
         filled = np.cumsum(self._cost[order])
-        shares = np.arange(1, self._num_global) / self._num_global
-        edges = np.searchsorted(filled, shares * filled[-1]) if len(filled) else []
-        parts = np.split(order, edges)
-        for index in range(start, len(self)):
-            yield self.collate(parts[index * self.world_size + self.rank])
+        shares = np.arange(1, self._num_batches) / self._num_batches
+        return np.split(order, np.searchsorted(filled, shares * filled[-1]))
 
     def collate(self, reads: np.ndarray) -> Batch:
         """Pack the given reads, longest first, with all their examples."""

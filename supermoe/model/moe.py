@@ -60,8 +60,12 @@ class MoE(nn.Module):
         if self.capacity_factor is not None and self.training:
             # in evaluation nothing is dropped: a user's vector must not depend on who else is in the batch
             routing = limit_capacity(routing, self.capacity_factor)
+        return self.mix(x_ND, routing), routing
+
+    def mix(self, x_ND: Tensor, routing: ops.Routing) -> Tensor:
+        """What the chosen experts, and the shared one, make of every token -> y_ND."""
         y_ND = self.experts(x_ND, routing)
-        return (y_ND if self.shared is None else y_ND + self.shared(x_ND)), routing
+        return y_ND if self.shared is None else y_ND + self.shared(x_ND)
 
 
 def limit_capacity(routing: ops.Routing, factor: float) -> ops.Routing:

@@ -156,7 +156,7 @@ class NextItem(_Ranking):
         chunk = max(1, MAX_LOGITS // len(weight_VD))
         parts = [
             self.rank((query_BD[i : i + chunk] @ weight_VD.t() + bias_V).float(), batch, i)
-            for i in range(0, len(query_BD), chunk)
+            for i in range(0, max(len(query_BD), 1), chunk)
         ]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 

@@ -32,6 +32,10 @@ class Request:
     shard: int = 0
     shards: int = 1
 
+    def share(self, rank: int, size: int) -> Request:
+        """The part of this request that one of `size` processes does."""
+        return replace(self, shard=self.shard * size + rank, shards=self.shards * size)
+
     @classmethod
     def parse(cls, artifact: Artifact, args: argparse.Namespace) -> Request:
         """From a command line with the arguments of `add_arguments`."""

@@ -6,6 +6,7 @@ replaces its own parts and nothing else; parts of another model, date or divisio
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ class Publication:
             write_json(self.folder / MANIFEST, {**self.identity, **facts, **totals, "parts": parts})
             written = records
         return self.folder / MANIFEST
+
+
+def make_room(folder: Path, of: int) -> None:
+    """Remove output that was divided into another number of shards, which cannot be renewed part by part."""
+    for path in sorted((folder / RECORDS).glob("*.json")):
+        if read_json(path, REMEDY, "identity")["identity"].get("shards") != of:
+            shutil.rmtree(folder)
+            return
 
 
 def parse_shard(text: str) -> tuple[int, int]:

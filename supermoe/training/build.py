@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from supermoe import ops
-from supermoe.config import RunConfig
+from supermoe.config import RunConfig, TrainingConfig
 from supermoe.data.batches import Batches, label_rows
 from supermoe.data.disk import read_table
-from supermoe.data.schema import FIRST_ID
+from supermoe.data.schema import FIRST_ID, Schema
 from supermoe.data.store import REMEDY, Store
+from supermoe.distributed.mesh import World
+from supermoe.distributed.parallelize import Parallel
 from supermoe.model.heads import HeadSpec
 from supermoe.model.supermoe import SuperMoE
 from supermoe.objectives.objective import Objective
@@ -24,9 +26,14 @@ from supermoe.objectives.pretraining import NextEvent
 from supermoe.objectives.task import Task, asked
 from supermoe.training.evaluation import Evaluation, evaluate
 from supermoe.training.router_health import EVENT
-from supermoe.training.trainer import Trainer
+from supermoe.training.seeding import seed_everything
+from supermoe.training.sharded_weights import load_weights
+from supermoe.training.trainer import REMEDY, Trainer
 from supermoe.training.warm_start import warm_start
 from supermoe.typed_yaml import UserError, build
+
+EPOCHS_OF_EXAMPLES = 6  # features start where hand-made ones are: later epochs learn examples by heart
+EPOCHS_OF_EVENTS = 30  # what follows what is learnt from nothing
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Run:
     heads: dict[str, HeadSpec]
     model: SuperMoE
     trainer: Trainer
+    sizes: tuple[int, int]  # weights in all, and those that a token passes
 
     @property
     def measured_split(self) -> str:
@@ -51,8 +59,8 @@ class Run:
         return {
             "users": summary["users"],
             "events": summary["events"],
-            "parameters": self.model.num_parameters(),
-            "active_parameters": self.model.num_parameters(active=True),
+            "parameters": self.sizes[0],
+            "active_parameters": self.sizes[1],
             "steps": self.trainer.step,
             "best_step": progress["best_step"],
             "training_minutes": round(progress["minutes"], 2),
@@ -61,15 +69,27 @@ class Run:
 
     def evaluate(self, split: str) -> Evaluation:
         """Load the best weights and measure them on a split."""
-        model = self.trainer.load_best()
+        model, world = self.trainer.load_best(), self.trainer.world
         bf16 = self.config.training.precision == "bf16"
-        return evaluate(
-            model, self.tasks, batches(self.config, self.store, split), split, event_names(self.store), bf16
-        )
+        dealt = batches(self.config, self.store, split, world)
+        with self.trainer.parallel.whole():
+            return evaluate(model, self.tasks, dealt, split, event_names(self.store), bf16, world)
+
+    def best_model(self) -> SuperMoE:
+        """The best weights in a model of its own on the CPU, which no rank shares."""
+        model = SuperMoE(self.store.schema, self.config.model, self.heads)
+        load_weights(model, self.trainer.best, REMEDY.format(self.trainer.best.parent))
+        return model.eval()
 
 
-def build_run(config: RunConfig, store: Store) -> Run:
-    """Seed all generators and build tasks, model, objective and trainer, the heads at their priors."""
+def build_run(
+    config: RunConfig, store: Store, folder: Path | None = None, until: float = 1.0, world: World | None = None
+) -> Run:
+    """Seed all generators and build tasks, model, objective and trainer, the heads at their priors.
+
+    The trainer works in `folder`, that of the run by default, `until` a share of its schedule is done; the ranks of a
+    `world` build the same, and the trainer spreads it over them.
+    """
     seed_everything(config.seed)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
@@ -78,30 +98,51 @@ def build_run(config: RunConfig, store: Store) -> Run:
     heads = {name: task.head_spec() for name, task in tasks.items()}
     pretraining = {
         name: build("supermoe.objectives.pretraining", item, name=name, schema=store.schema)
-        for name, item in pretraining_configs(config, store, heads).items()
+        for name, item in pretraining_configs(config, store.schema, heads).items()
     }
     for objective in pretraining.values():
         heads |= objective.head_specs()
         objective.fit_prior(field_counts(store))
-    model = SuperMoE(store.schema, config.model, heads)
+    world = world or World()
+    parallel = Parallel(world, config.distributed)
+    model = SuperMoE(store.schema, config.model, heads, parallel.deferred_rows)
+    sizes = model.num_parameters(), model.num_parameters(active=True)
+    parallel.shard_tables(model)
     warm_start(model, store, config.seed)
     for name, task in tasks.items():
         task.init_head(model.heads[name])
     for objective in pretraining.values():
         objective.init_heads(model.heads)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    balancer = build("supermoe.objectives.balancers", config.loss.balancer, names=[*tasks, *pretraining])
+    model = model.to(world.device)
+    balancer = build("supermoe.objectives.balancers", config.loss.balancer, names=list(tasks))
     trainer = Trainer(
         model,
-        Objective(tasks, pretraining, balancer),
-        batches(config, store, "train"),
-        batches(config, store, "valid"),
-        config.training,
-        folder=config.run,
+        Objective(tasks, pretraining, balancer, units=config.loss.units, few_users=config.loss.few_users),
+        batches(config, store, "train", world),
+        batches(config, store, "valid", world),
+        _training(config, store, heads),
+        folder=folder or config.run,
+        until=until,
         identity={**config.model_dump(mode="json"), "store": store.fingerprint},
+        seed=config.seed,
         event_names=event_names(store),
+        parallel=parallel,
     )
-    return Run(config, store, tasks, heads, model, trainer)
+    return Run(config, store, tasks, heads, model, trainer, sizes)
+
+
+def wants_refit(config: RunConfig, store: Store) -> bool:
+    """Does the config ask for it, and is validation a cut in time (not each user's last event but one)?"""
+    return config.training.refit and bool(store.summary["cuts"].get("valid"))
+
+
+def _training(config: RunConfig, store: Store, heads: dict[str, HeadSpec]) -> TrainingConfig:
+    """What one training is told, its length decided: a refit gets half of the minutes."""
+    told = config.training
+    learns_items = any(heads[name].reads == "event" for name in config.tasks)
+    minutes = told.max_minutes / 2 if told.max_minutes and wants_refit(config, store) else told.max_minutes
+    epochs = told.epochs or (EPOCHS_OF_EVENTS if learns_items else EPOCHS_OF_EXAMPLES)
+    return told.model_copy(update={"max_minutes": minutes, "epochs": epochs})
 
 
 def choose_backend(name: str | None) -> None:
@@ -112,12 +153,12 @@ def choose_backend(name: str | None) -> None:
         raise UserError(f"training.backend: {error}") from error
 
 
-def pretraining_configs(config: RunConfig, store: Store, heads: dict[str, HeadSpec]) -> dict[str, Any]:
+def pretraining_configs(config: RunConfig, schema: Schema, heads: dict[str, HeadSpec]) -> dict[str, Any]:
     """What the config asks for; by default `next_event`, unless a task learns from events or no field is a category."""
     if config.loss.pretraining is not None:
         return {name: item for name, item in config.loss.pretraining.items() if item is not None}
     reads_events = any(spec.reads == "event" for spec in heads.values())
-    has_category = any(field.kind == "category" for field in store.schema.fields.values())
+    has_category = any(field.kind == "category" for field in schema.fields.values())
     return {} if reads_events or not has_category else {"next_event": NextEvent.Config()}
 
 
@@ -135,8 +176,9 @@ def build_tasks(config: RunConfig, store: Store) -> dict[str, Task]:
     return tasks
 
 
-def batches(config: RunConfig, store: Store, split: str) -> Batches:
-    """The batches of a split; those for training in random order."""
+def batches(config: RunConfig, store: Store, split: str, world: World | None = None) -> Batches:
+    """The batches of a split, dealt out to the ranks of a world; those for training in random order."""
+    world = world or World()
     return Batches(
         store,
         split,
@@ -145,14 +187,9 @@ def batches(config: RunConfig, store: Store, split: str) -> Batches:
         examples_per_batch=config.training.examples_per_batch,
         seed=config.seed,
         shuffle=split == "train",
+        rank=world.rank,
+        world_size=world.size,
     )
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def field_counts(store: Store) -> dict[str, Tensor]:

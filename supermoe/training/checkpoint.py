@@ -2,7 +2,7 @@
 
 A checkpoint holds the tensors in the format of torch.distributed.checkpoint, and `checkpoint.json` with the rest:
 format version, position, config, and the size and CRC-32 of every file. It is written beside its place and renamed when
-it is complete.
+it is complete, all in the background. Sharded weights appear in it whole, so that it loads on any number of ranks.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from supermoe.distributed.mesh import PATIENCE, World
 from supermoe.typed_yaml import UserError
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "checkpoint.json"
 
 # Keys of the config that may change between two starts of one run: where things lie, what is drawn, how often is saved.
@@ -39,58 +43,102 @@ FREE_KEYS = (
     "training.tensorboard",
     "training.threads",
     "training.backend",
+    "distributed",
 )
 
 
 class Checkpoints:
     """The checkpoints of one run, `step_<n>` folders under `folder`; the last `keep` stay.
 
-    `identity` is the run's resolved config as plain data, plus whatever else must not change within a run.
+    All ranks of the `world` write their parts of one checkpoint, in the background: `save` takes a copy and returns, and
+    what went wrong is told by the next `save` or `wait`, to all ranks alike. `identity` is the run's resolved config as
+    plain data, plus whatever else must not change within a run.
     """
 
-    def __init__(self, folder: Path, keep: int, identity: dict[str, Any]):
-        self.folder, self.keep, self.identity = folder, keep, identity
+    def __init__(self, folder: Path, keep: int, identity: dict[str, Any], world: World | None = None):
+        self.folder, self.keep, self.identity, self.world = folder, keep, identity, world or World()
+        # collectives of the background must not mix with those of training
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world.mesh is not None else None
+        self._writing: threading.Thread | None = None
+        self._failure: str | None = None
 
-    def save(self, step: int, tensors: dict[str, Any], progress: dict[str, Any]) -> Path:
-        """Write a checkpoint: nested tensors, and progress as plain data that JSON keeps.
+    def save(self, step: int, tensors: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Begin to write a checkpoint: nested tensors, and progress as plain data that JSON keeps.
 
         Raises:
-            UserError: when it cannot be written, such as on a full disk; earlier checkpoints stay.
+            UserError: when the one before could not be written, such as on a full disk; earlier checkpoints stay.
         """
+        self.wait()
+        state = BlockingAsyncStager().stage(tensors)
+        manifest = {"version": VERSION, "step": step, "identity": self.identity, "progress": dict(progress)}
+        self._writing = threading.Thread(target=self._write, args=(step, state, manifest))
+        self._writing.start()
+
+    def wait(self) -> None:
+        """Return when what was begun is written; raises as `save` does."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise UserError(failure)
+
+    @contextlib.contextmanager
+    def finished(self) -> Iterator[None]:
+        """Leave the block only when all is written, also by an error, which then counts more."""
+        yield
+        self.wait()
+
+    def _write(self, step: int, state: dict[str, Any], manifest: dict[str, Any]) -> None:
+        """Write beside, rename when complete; runs on all ranks, in the background."""
         path = self.folder / f"step_{step:08d}"
         beside = path.with_name(f".{path.name}.writing")
+        failure = None
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            with _one_process():
-                dcp.save(tensors, checkpoint_id=str(beside), no_dist=True)
-            files = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
-            manifest = {
-                "version": VERSION,
-                "step": step,
-                "identity": self.identity,
-                "progress": progress,
-                "files": files,
-            }
-            (beside / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(beside, path)
+            self._do(lambda: _make_empty(beside))
+            with _quiet():
+                dcp.save(state, checkpoint_id=str(beside), process_group=self._group, no_dist=self._group is None)
+            self._do(lambda: self._publish(beside, path, manifest))
         except (OSError, RuntimeError, CheckpointException) as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise UserError(
+            failure = (
                 f"cannot write the checkpoint {path}: {_reason(error)}; free space or choose another `run` folder; "
                 f"earlier checkpoints are untouched, the same command continues from them"
-            ) from error
+            )
+            if self.world.is_first:
+                shutil.rmtree(beside, ignore_errors=True)
+        self._failure = failure
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Do something on the first rank; where it fails, all ranks raise."""
+        told: list[str | None] = [None]
+        if self.world.is_first:
+            try:
+                work()
+            except OSError as error:
+                told = [_reason(error)]
+        if self._group is not None:
+            dist.broadcast_object_list(told, 0, group=self._group)
+        if told[0] is not None:
+            raise OSError(told[0])
+
+    def _publish(self, beside: Path, path: Path, manifest: dict[str, Any]) -> None:
+        manifest["files"] = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
+        (beside / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(beside, path)
         for old in self._steps()[: -self.keep]:
             shutil.rmtree(old)
-        return path
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The last whole checkpoint and its progress, or None if there is none at all.
+        """The last whole checkpoint and its progress, or None if there is none at all; the same on all ranks.
 
         A damaged one is passed over with a warning. Raises `UserError` if all are damaged, if another version wrote it,
         or if the config has changed since.
         """
+        self.wait()
+        return self.world.gather(self.world.first(self._latest))[0]
+
+    def _latest(self) -> tuple[Path, dict[str, Any]] | None:
         steps = self._steps()
         for path in reversed(steps):
             manifest = _read_whole(path)
@@ -106,8 +154,8 @@ class Checkpoints:
     def load(self, path: Path, tensors: dict[str, Any]) -> None:
         """Fill nested tensors in place from a checkpoint."""
         try:
-            with _one_process():
-                dcp.load(tensors, checkpoint_id=str(path), no_dist=True)
+            with _quiet():
+                dcp.load(tensors, checkpoint_id=str(path), process_group=self._group, no_dist=self._group is None)
         except (OSError, RuntimeError, ValueError, CheckpointException) as error:
             raise UserError(
                 f"cannot load the checkpoint {path}: {_reason(error)}; delete it to continue from the one before"
@@ -147,11 +195,16 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _one_process() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """torch warns that there is no process group; here that is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _fingerprint(file: Path) -> list[int]:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from supermoe.data.batches import Batches
+from supermoe.distributed.mesh import World
 from supermoe.objectives.task import Labels, Scores, Task, concat_labels, gain, take_labels
-from supermoe.training.router_health import RouterHealth
+from supermoe.training.router_health import Counts, RouterHealth
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,19 @@ def evaluate(
     split: str,
     event_names: list[str] | None = None,
     autocast: bool = False,
+    world: World | None = None,
 ) -> Evaluation:
     """Predict every example of `batches` once, in evaluation mode, and measure.
 
     `event_names` name the ids of the field `event`; `autocast` runs the model in bfloat16. The model's mode is
-    restored; no random number is drawn.
+    restored; no random number is drawn. The ranks of a `world` predict what `batches` deals them and know all in the
+    end.
     """
+    world = world or World()
     health = RouterHealth(event_names or [])
-    example_n, scores, labels = _predict(model, tasks, batches, health, autocast)
+    shares = world.gather(_predict(model, tasks, batches, health, autocast, quiet=not world.is_first))
+    example_n, scores, labels = _put_together([part for share in shares for part in share])
+    health.counts = _add_counts(world.gather(health.counts))
     found: dict[str, dict[str, Any]] = {"metrics": {}, "prior": {}, "gains": {}, "undefined": {}}
     for name, task in tasks.items():
         found["metrics"][name] = task.metrics(scores[name], labels[name])
@@ -62,32 +68,55 @@ def evaluate(
     return Evaluation(split, example_n, scores, labels, router=health.summary(), **found)
 
 
+@dataclass(frozen=True)
+class _Predicted:
+    """What the model says about one batch, and its labels, by task."""
+
+    example_B: NDArray[np.int64]
+    scores: dict[str, Scores]
+    labels: dict[str, Labels]
+
+
 @torch.no_grad()
 def _predict(
-    model: Any, tasks: dict[str, Task], batches: Batches, health: RouterHealth, autocast: bool
-) -> tuple[NDArray[np.int64], dict[str, Scores], dict[str, Labels]]:
+    model: Any, tasks: dict[str, Task], batches: Batches, health: RouterHealth, autocast: bool, quiet: bool
+) -> list[_Predicted]:
     device = next(model.parameters()).device
-    rows: list[NDArray] = []
-    scores: dict[str, dict[str, list[NDArray]]] = {name: {} for name in tasks}
-    labels: dict[str, list[Labels]] = {name: [] for name in tasks}
+    parts = []
     was_training = model.training
     model.eval()
-    for batch in tqdm(batches.epoch(0), total=len(batches), desc="evaluate", unit=" batches", delay=2, leave=False):
+    dealt = batches.epoch(0)
+    for batch in tqdm(dealt, total=len(batches), desc="evaluate", unit=" batches", delay=2, leave=False, disable=quiet):
         on_device = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             output = model(on_device)
-        rows.append(batch.example_B.numpy())
         health.add(output, on_device)
+        scores = {}
         for name, task in tasks.items():
-            for key, values in task.scores(model.heads[name], output, on_device).items():
-                scores[name].setdefault(key, []).append(values.cpu().numpy())
-            labels[name].append(batch.labels[name])
+            found = task.scores(model.heads[name], output, on_device)
+            scores[name] = {key: values.cpu().numpy() for key, values in found.items()}
+        parts.append(_Predicted(batch.example_B.numpy(), scores, {name: batch.labels[name] for name in tasks}))
     model.train(was_training)
-    example_n = np.concatenate(rows)
+    return parts
+
+
+def _put_together(parts: list[_Predicted]) -> tuple[NDArray[np.int64], dict[str, Scores], dict[str, Labels]]:
+    """All batches in the order of the store's examples."""
+    example_n = np.concatenate([part.example_B for part in parts])
     order = np.argsort(example_n)
     index = torch.from_numpy(order)
-    return (
-        example_n[order],
-        {name: {key: np.concatenate(parts)[order] for key, parts in found.items()} for name, found in scores.items()},
-        {name: take_labels(concat_labels(parts), index) for name, parts in labels.items()},
-    )
+    scores: dict[str, Scores] = {}
+    labels: dict[str, Labels] = {}
+    for name, found in parts[0].scores.items():
+        scores[name] = {key: np.concatenate([part.scores[name][key] for part in parts])[order] for key in found}
+        labels[name] = take_labels(concat_labels([part.labels[name] for part in parts]), index)
+    return example_n[order], scores, labels
+
+
+def _add_counts(shares: list[Counts]) -> Counts:
+    """Tokens per expert over all ranks."""
+    total: Counts = {}
+    for share in shares:
+        for key, counts_E in share.items():
+            total[key] = total[key] + counts_E if key in total else counts_E
+    return total

@@ -14,13 +14,19 @@ class MetricsLog:
     """Appends one JSON object per line; numbers that are not finite become null.
 
     Opened at a step of a resumed run, it drops the lines of later steps: the file reads as if nothing had happened.
+    A `silent` one, of ranks but the first, writes nothing.
     """
 
-    def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False):
+    def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False, silent: bool = False):
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
+        self._file: Any = None
+        self._board: Any = None
+        if silent:
+            return
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
-        self._board = _tensorboard(folder) if tensorboard else None
+        if tensorboard:
+            self._board = _tensorboard(folder)
         self._file = self.path.open("w", encoding="utf-8")
         for row in kept:
             self._write(row)
@@ -34,13 +40,15 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush everything."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

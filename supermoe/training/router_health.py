@@ -10,6 +10,8 @@ from torch import Tensor
 
 from supermoe.data.batch import Batch
 
+Counts = dict[tuple[int, str], Tensor]  # (layer, question or event type) -> tokens per expert
+
 EVENT = "event"  # the field that holds the type of an event, where there are several
 
 
@@ -21,7 +23,7 @@ class RouterHealth:
 
     def __init__(self, event_names: list[str]):
         self.event_names = event_names
-        self.counts: dict[tuple[int, str], Tensor] = {}  # (layer, question or event type) -> tokens per expert
+        self.counts: Counts = {}
 
     def add(self, output: Any, batch: Batch) -> None:
         """Count one batch."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import signal
 import time
 import warnings
@@ -14,34 +13,61 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from supermoe.config import TrainingConfig
 from supermoe.data.batch import Batch
 from supermoe.data.batches import Batches
-from supermoe.data.disk import publishing
-from supermoe.model.weights import read_weights, save_weights
+from supermoe.distributed.parallelize import Parallel
 from supermoe.objectives.objective import NonFiniteLoss, Objective
 from supermoe.training.checkpoint import Checkpoints
 from supermoe.training.evaluation import Evaluation, evaluate
 from supermoe.training.metrics import MetricsLog
-from supermoe.training.optim import average_weights, build_optimizers, clip_gradients, lr_factor, set_lr
+from supermoe.training.optim import (
+    average_weights,
+    build_optimizers,
+    clip_gradients,
+    lr_factor,
+    optimizer_state,
+    set_lr,
+    start_optimizers,
+)
+from supermoe.training.seeding import seed_everything
+from supermoe.training.sharded_weights import load_weights, save_weights
 
 BEST = "best.safetensors"
+REMEDY = "delete {} and run supermoe.train again, which trains from the beginning"
+
+
+class MicroBatch(nn.Module):
+    """From a batch to its share of the step's loss: all that uses weights, so that what wraps it sees them used."""
+
+    def __init__(self, model: Any, objective: Objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch, count_T: Tensor, **options: Any) -> tuple[Tensor, Tensor, list[Any]]:
+        """Loss with a gradient, sums of losses, and routings."""
+        output = self.model(batch)
+        loss, sum_T = self.objective.loss(self.model.heads, output, batch, count_T, **options)
+        return loss, sum_T, output.routings
 
 
 class Trainer:
     """Trains a model on an objective; everything it leaves lies under `folder`.
 
-    The order of batches is a function of the step, so weights, optimiser, balancer, random state and `progress` are the
-    whole state.
+    The order of batches and the random numbers are functions of the step, so weights, optimiser, balancer and
+    `progress` are the whole state. A step's batches do not depend on the number of ranks that share them, so a run
+    continues to the same losses on another mesh.
 
     Args:
         valid: batches to select on; None or empty: the last weights are the best ones.
         identity: what must not change between two starts of one run: the resolved config and the store's fingerprint.
+        seed: of the random numbers.
+        until: share of the schedule after which training ends.
         event_names: of the ids of the field `event`, for the router's statistics.
+        parallel: the ranks that share the work; the model is spread over them here.
     """
 
     def __init__(
@@ -54,22 +80,41 @@ class Trainer:
         *,
         folder: Path,
         identity: dict[str, Any],
+        seed: int = 0,
+        until: float = 1.0,
         event_names: list[str] | None = None,
+        parallel: Parallel | None = None,
     ):
         self.model, self.objective, self.config, self.folder = model, objective, config, folder
-        self.train, self.event_names = train, event_names
+        self.train, self.seed, self.until, self.event_names = train, seed, until, event_names
         self.valid = valid if valid is not None and len(valid) else None
         self.device = next(model.parameters()).device
+        self.parallel = parallel or Parallel()
+        self.world = self.parallel.world
+        self.parallel.shard(model)
         self.average = average_weights(model, config.ema) if config.ema else None
-        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, identity)
-        self.steps_per_epoch = -(-len(train) // config.accumulate)
-        whole = config.epochs * self.steps_per_epoch
-        self.num_steps = min(whole, config.max_steps or whole)
-        self.optimizers = build_optimizers(model, config, self.num_steps)
+        self._micro_batch = self.parallel.wrap(MicroBatch(model, objective), self.average and self.average.module)
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, identity, self.world)
+        if self.valid is None and objective.balancer.validates:
+            warnings.warn(
+                f"loss.balancer={objective.balancer.config.type} follows what evaluations find, and there is no "
+                f"validation split: its weights stay as they start",
+                stacklevel=2,
+            )
         self.step = 0
-        self.progress: dict[str, Any] = {"best_step": None, "best_gain": None, "unimproved": 0}
+        self.progress: dict[str, Any] = {"best_step": None, "best_share": 1.0, "best_gain": None, "unimproved": 0}
         self.progress |= {"minutes": 0.0, "finished": False}
+        self._take_steps_of(config.accumulate or self.world.size)
         self._terminated = False
+
+    def _take_steps_of(self, batches: int) -> None:
+        """Plan the run in optimiser steps of so many micro-batches over all ranks."""
+        self.progress["batches_per_step"] = self.batches_per_step = batches
+        self.steps_per_epoch = -(-len(self.train) // batches)
+        assert self.config.epochs is not None, "whoever builds the run decides how long it is"
+        whole = self.config.epochs * self.steps_per_epoch
+        self.num_steps = min(whole, self.config.max_steps or whole)
+        self.optimizers = build_optimizers(self.model, self.config, self.num_steps, self.parallel)
 
     # --- the loop ---
 
@@ -84,29 +129,37 @@ class Trainer:
             return
         started = time.monotonic() - 60 * self.progress["minutes"]
         previous = signal.signal(signal.SIGTERM, self._on_sigterm)
-        log = MetricsLog(self.folder, self.step, self.config.tensorboard)
+        log = MetricsLog(self.folder, self.step, self.config.tensorboard, silent=not self.world.is_first)
         bar = tqdm(total=self.num_steps, initial=self.step, desc="train", unit=" steps", mininterval=1, leave=False)
+        bar.disable = bar.disable or not self.world.is_first
         try:
-            self.model.train()
-            for batches in self._steps():
-                self._train_step(batches, log, bar)
-                self.progress["minutes"] = (time.monotonic() - started) / 60
-                self.progress["finished"] = self._is_over()
-                if self._evaluation_is_due():
-                    self._evaluate(log)
-                elif self.progress["finished"]:  # there is nothing to select on
-                    self.progress["best_step"] = self.step
-                    self._save_best()
-                if self.progress["finished"] or self._terminated or self.step % self.config.checkpoint_every == 0:
-                    self._save()
-                if self.progress["finished"]:
-                    return
-                if self._terminated:
-                    raise SystemExit(f"terminated after step {self.step}, which is saved; the same command continues")
+            with self.world.watch(lambda: f"step {self.step + 1}"), self.checkpoints.finished():
+                self._loop(started, log, bar)
         finally:
             bar.close()
             log.close()
             signal.signal(signal.SIGTERM, previous)
+
+    def _loop(self, started: float, log: MetricsLog, bar: Any) -> None:
+        self.model.train()
+        for batches in self._steps():
+            self._train_step(batches, log, bar)
+            # What one rank was told, or its clock says, all follow.
+            minutes, terminated = self.world.max((time.monotonic() - started) / 60, self._terminated)
+            self.progress["minutes"] = minutes
+            self.progress["finished"] = self._is_over()
+            if self._evaluation_is_due():
+                self._evaluate(log)
+            elif self.progress["finished"]:  # there is nothing to select on
+                self.progress["best_step"] = self.step
+                self._save_best()
+            if self.progress["finished"] or terminated or self.step % self.config.checkpoint_every == 0:
+                self.checkpoints.save(self.step, self._tensors(), self.progress)
+            if self.progress["finished"]:
+                return
+            if terminated:
+                self.checkpoints.wait()
+                raise SystemExit(f"terminated after step {self.step}, which is saved; the same command continues")
 
     def resume(self) -> None:
         """Take the state of the last whole checkpoint, if there is one.
@@ -117,23 +170,13 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is None:
             return
-        path, state = latest
-        tensors = self._tensors()
-        self.checkpoints.load(path, tensors)
-        self.model.load_state_dict(tensors["model"])
-        set_optimizer_state_dict(self.model, self.optimizers, tensors["optimizer"])
-        self.objective.balancer.load_state_dict(tensors["balancer"])
-        if self.average is not None:
-            self.average.load_state_dict(tensors["average"])
-        torch.set_rng_state(tensors["random"]["torch"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random"]["cuda"], self.device)
-        version, internal, gauss = state["python_random"]
-        random.setstate((version, tuple(internal), gauss))
-        np.random.set_state(state["numpy_random"])
-        self.progress = state["progress"]
+        path, self.progress = latest
+        if self.progress["batches_per_step"] != self.batches_per_step:  # it was started on another number of ranks
+            self._take_steps_of(self.progress["batches_per_step"])
+        start_optimizers(self.optimizers)
+        self.checkpoints.load(path, self._tensors())
         self.step = int(path.name.removeprefix("step_"))
-        tqdm.write(f"continuing from {path}")
+        self._tell(f"continuing from {path}")
 
     def evaluated_model(self) -> Any:
         """The weights that count: their average where one is kept."""
@@ -141,74 +184,84 @@ class Trainer:
 
     def load_best(self) -> Any:
         """The model with the weights of the best evaluation, in evaluation mode; `UserError` if they are damaged."""
-        folder = self.folder / "checkpoints"
-        remedy = f"delete {folder} and run supermoe.train again, which trains from the beginning"
-        self.evaluated_model().load_state_dict(read_weights(folder / BEST, remedy))
+        load_weights(self.evaluated_model(), self.best, REMEDY.format(self.best.parent))
         return self.evaluated_model().eval()
 
+    @property
+    def best(self) -> Path:
+        """The file of the weights of the best evaluation."""
+        return self.folder / "checkpoints" / BEST
+
     def _steps(self) -> Iterator[list[Batch]]:
-        """The micro-batches of each step from the current one on."""
+        """This rank's micro-batches of each step from the current one on."""
         for epoch in itertools.count(self.step // self.steps_per_epoch):
-            batches = self.train.epoch(epoch, start=self.step % self.steps_per_epoch * self.config.accumulate)
-            while group := list(itertools.islice(batches, self.config.accumulate)):
-                yield group
+            yield from self.train.steps(epoch, self.batches_per_step, start=self.step % self.steps_per_epoch)
 
     def _train_step(self, batches: list[Batch], log: MetricsLog, bar: Any) -> None:
         """One optimiser step."""
         objective, model = self.objective, self.model
-        count_T = objective.counts(batches)
+        seed_everything(self.seed, self.step, self.world.rank)
+        count_T, tokens = objective.counts(batches), objective.tokens(batches)
         sum_T = torch.zeros_like(count_T)
         counts: dict[int, Tensor] = {}
-        for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                batch = batch.to(self.device)
-                output = model(batch)
-                loss, part_T = objective.loss(
-                    model.heads, output, batch, count_T, num_batches=len(batches), step=self.step + 1
-                )
-            loss.backward()
+        options = {"num_batches": len(batches), "tokens": tokens, "step": self.step + 1}
+        for i, batch in enumerate(batches):
+            with self.parallel.backward(is_last=i == len(batches) - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    loss, part_T, routings = self._micro_batch(batch.to(self.device), count_T, **options)
+                loss.backward()
             sum_T += part_T
-            for entry in output.routings:
+            for entry in routings:
                 counts[entry.layer] = counts.get(entry.layer, 0) + entry.routing.counts_E
         lr, norm = self._update()
         for layer, router in zip(sorted(counts), model.routers(), strict=True):
-            router.update(counts[layer])
+            router.update(self.world.sum(counts[layer]))
         if self.average is not None:
             self.average.update_parameters(model)
-        losses = objective.finish_step(sum_T, count_T)
+        after_T = self._losses(batches) if objective.balancer.looks_back else None
+        losses = objective.finish_step(sum_T, count_T, after_T)
         self.step += 1
-        weights = dict(zip(objective.names, objective.balancer.weight_T.tolist(), strict=True))
-        log.add("train", self.step, loss=losses, weight=weights, lr=lr, gradient_norm=norm)
+        log.add("train", self.step, loss=losses, **objective.balance(), lr=lr, gradient_norm=norm)
         bar.set_postfix(loss=f"{np.nanmean(list(losses.values())):.3f}", refresh=False)
         bar.update()
+
+    @torch.no_grad()
+    def _losses(self, batches: list[Batch]) -> Tensor:
+        """Sums of the losses of micro-batches under the weights as they are -> float64 [T]."""
+        sums = []
+        with self.parallel.whole():
+            for batch in batches:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    batch = batch.to(self.device)
+                    sums.append(self.objective.sums(self.model.heads, self.model(batch), batch))
+        return torch.stack(sums).sum(0)
 
     def _update(self) -> tuple[float, float]:
         """Clip, set the learning rate, step -> its factor and the gradient's norm."""
         for param in self.model.parameters():
             if param.requires_grad and param.grad is None:
                 param.grad = torch.zeros_like(param)  # every weight gets optimiser state, so that checkpoints are whole
+        self.parallel.reduce_experts(self.model)
         norm = clip_gradients(self.model, self.config.clip_norm)
         if not np.isfinite(norm):
             raise NonFiniteLoss(
                 f"step {self.step + 1}: the gradient's norm is {norm} although every loss is finite. The weights "
                 f"before this step are kept: lower training.lr or use training.precision=fp32"
             )
-        factor = lr_factor(self._share_done(), self.config)
+        factor = lr_factor(self._share_done(self.step + 1), self.config)
         set_lr(self.optimizers, factor)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return self.config.lr * factor, norm
 
-    def _share_done(self) -> float:
-        """Progress in (0, 1]: by steps, or by minutes where they run out first."""
-        by_steps = (self.step + 1) / self.num_steps
+    def _share_done(self, step: int) -> float:
+        """Progress in [0, 1] after `step` steps: by steps, or by minutes where they run out first."""
         by_time = self.progress["minutes"] / self.config.max_minutes if self.config.max_minutes else 0.0
-        return min(1.0, max(by_steps, by_time))
+        return min(1.0, max(step / self.num_steps, by_time))
 
     def _is_over(self) -> bool:
-        minutes = self.config.max_minutes
-        return self.step >= self.num_steps or (minutes is not None and self.progress["minutes"] >= minutes)
+        return self._share_done(self.step) >= self.until
 
     # --- evaluation ---
 
@@ -220,7 +273,10 @@ class Trainer:
         """Measure on the validation split, keep the weights if they are the best, and stop when patience ends."""
         assert self.valid is not None
         bf16 = self.config.precision == "bf16"
-        found = evaluate(self.evaluated_model(), self.objective.tasks, self.valid, "valid", self.event_names, bf16)
+        with self.parallel.whole():
+            model, tasks = self.evaluated_model(), self.objective.tasks
+            found = evaluate(model, tasks, self.valid, "valid", self.event_names, bf16, self.world)
+        self.objective.observe(found.gains)
         best, gain = self.progress["best_gain"], found.selection
         if np.isnan(gain):
             warnings.warn(
@@ -228,7 +284,8 @@ class Trainer:
                 stacklevel=2,
             )
         if best is None or np.isnan(gain) or gain > best:
-            self.progress |= {"best_step": self.step, "best_gain": None if np.isnan(gain) else gain, "unimproved": 0}
+            self.progress |= {"best_step": self.step, "best_share": self._share_done(self.step), "unimproved": 0}
+            self.progress["best_gain"] = None if np.isnan(gain) else gain
             self._save_best()
         else:
             self.progress["unimproved"] += 1
@@ -236,7 +293,7 @@ class Trainer:
         if patience is not None and self.progress["unimproved"] >= patience:
             self.progress["finished"] = True
         log.add("valid", self.step, selection=gain, metrics=found.metrics, gain=found.gains, router=found.router)
-        tqdm.write(self._line(found))
+        self._tell(self._line(found))
 
     def _line(self, found: Evaluation) -> str:
         """One evaluation as a person reads it."""
@@ -252,28 +309,22 @@ class Trainer:
     # --- state ---
 
     def _tensors(self) -> dict[str, Any]:
-        """All tensors of the state, nested, to be saved or filled."""
+        """All tensors of the state, nested, to be saved or filled in place."""
         tensors = {
             "model": self.model.state_dict(),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
+            "optimizer": optimizer_state(self.model, self.optimizers),
             "balancer": self.objective.balancer.state_dict(),
-            "random": {"torch": torch.get_rng_state()},
         }
         if self.average is not None:
             tensors["average"] = self.average.state_dict()
-        if self.device.type == "cuda":
-            tensors["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors
 
-    def _save(self) -> None:
-        numpy_state = np.random.get_state(legacy=False)
-        numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-        state = {"progress": self.progress, "python_random": random.getstate(), "numpy_random": numpy_state}
-        self.checkpoints.save(self.step, self._tensors(), state)
-
     def _save_best(self) -> None:
-        with publishing(self.folder / "checkpoints" / BEST) as beside:
-            save_weights(self.evaluated_model(), beside)
+        save_weights(self.evaluated_model(), self.best, self.world)
+
+    def _tell(self, line: str) -> None:
+        if self.world.is_first:
+            tqdm.write(line)
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         """Finish the step, save, and go."""

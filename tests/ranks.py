@@ -1,0 +1,42 @@
+"""Processes as torchrun starts them, on gloo: what multi-process tests run in. Import nothing heavy here."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+TIMEOUT = 100
+
+
+def launch(size: int, work: Callable[[Path], None], folder: Path) -> None:
+    """Call `work(folder)` in `size` ranks at once; the first failure is raised here with its traceback."""
+    context = multiprocessing.get_context("forkserver")  # a clean process that has imported everything is forked
+    context.set_forkserver_preload(["parallel_checks"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [context.Process(target=_rank, args=(rank, size, port, work, folder)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(TIMEOUT)
+    stuck = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    failures = [path.read_text() for path in sorted(folder.glob("failed_*"))]
+    assert not failures, failures[0]
+    assert not stuck, f"ranks {stuck} hang"
+
+
+def _rank(rank: int, size: int, port: int, work: Callable[[Path], None], folder: Path) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    try:
+        work(folder)
+    except BaseException:
+        (folder / f"failed_{rank}").write_text(traceback.format_exc())
+        raise
