@@ -131,7 +131,7 @@ def test_plural_file_ends_with_its_registry(module: str) -> None:
 
 def test_layout() -> None:
     parts = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert parts == {"data", "ops", "model", "objectives", "training", "serving", "studies"}
+    assert parts == {"data", "ops", "model", "objectives", "distributed", "training", "serving", "studies"}
     for command in PACKAGE.glob("*.py"):
         if command.stem in {"__init__", "config", "typed_yaml", "cli", "testing"}:
             continue
