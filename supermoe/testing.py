@@ -21,6 +21,7 @@ from supermoe.data.batch import Batch, SetLabels
 from supermoe.data.schema import FIRST_ID, FieldSchema, LabelSchema, Schema
 from supermoe.data.splits import SPLITS
 from supermoe.model.supermoe import SuperMoE
+from supermoe.objectives.balancer import Step
 from supermoe.serving.parity import probe_batch
 from supermoe.typed_yaml import resolve
 
@@ -226,14 +227,11 @@ def check_balancer(config: Mapping[str, Any], names: tuple[str, ...] = ("first",
     """A balancer: finite weights that sum to one, also where a task was not asked; all state in the checkpoint."""
     torch.manual_seed(0)
     balancer = make("supermoe.objectives.balancers", config, names=list(names))
-    count_T = torch.full((len(names),), 10.0)
-    steps = [torch.rand(len(names)) + 0.5 for _ in range(5)]
-    steps[2][0] = torch.nan
-    for loss_T in steps:
-        asked_T = torch.where(loss_T.isnan(), 0.0, count_T)
-        kept = loss_T.clone()
-        weight_T = balancer.weight_T = balancer(loss_T, asked_T)
-        expect(torch.equal(kept.nan_to_num(-1), loss_T.nan_to_num(-1)), "forward changes the losses it is given")
+    steps = [_step(len(names), absent=n == 2) for n in range(5)]
+    for step in steps:
+        kept = step.loss_T.clone()
+        weight_T = balancer.weight_T = _answer(balancer, step)
+        expect(torch.equal(kept.nan_to_num(-1), step.loss_T.nan_to_num(-1)), "forward changes the losses it is given")
         expect(
             weight_T.shape == (len(names),) and not weight_T.requires_grad,
             f"weights must be {len(names)} numbers without gradient",
@@ -242,13 +240,39 @@ def check_balancer(config: Mapping[str, Any], names: tuple[str, ...] = ("first",
             bool((weight_T.isfinite() & (weight_T >= 0)).all()),
             f"weights must be finite and not negative: {weight_T.tolist()}",
         )
-        torch.testing.assert_close(weight_T.sum(), torch.tensor(1.0), msg=f"weights must sum to 1: {weight_T.tolist()}")
+        expect(abs(float(weight_T.sum()) - 1) < 1e-5, f"weights must sum to 1: {weight_T.tolist()}")
+        share_T = balancer.share_T
+        expect(
+            share_T.shape == (len(names),) and bool(share_T.isfinite().all()),
+            f"shares must be {len(names)} finite numbers: {share_T.tolist()}",
+        )
     other = make("supermoe.objectives.balancers", config, names=list(names))
     other.load_state_dict(balancer.state_dict())
     expect(
-        torch.equal(other(steps[0], count_T), balancer(steps[0], count_T)),
+        torch.equal(_answer(other, steps[0]), _answer(balancer, steps[0]))
+        and torch.equal(other.share_T, balancer.share_T),
         "state_dict does not hold all that decides the weights",
     )
+
+
+def _step(size: int, absent: bool) -> Step:
+    """What a step of random losses and gradients shows; the first task is not asked where `absent`."""
+    gradient_TX = torch.randn(size, 20, dtype=torch.float64)
+    loss_T, after_T = torch.rand(2, size, dtype=torch.float64) + 0.5
+    count_T = torch.full_like(loss_T, 10.0)
+    if absent:
+        gradient_TX[0], loss_T[0], after_T[0], count_T[0] = 0.0, torch.nan, torch.nan, 0.0
+    return Step(loss_T, count_T, gradient_TX @ gradient_TX.t(), after_T)
+
+
+def _answer(balancer: Any, step: Step) -> Tensor:
+    """The weights after a step and an evaluation, asked in the order of training."""
+    if balancer.every is not None:
+        balancer.steer(step.gram_TT)
+    weight_T = balancer(step)
+    balancer.weight_T = weight_T
+    balancer.observe(1 - step.loss_T)
+    return balancer.weight_T
 
 
 # --- sources and splits -----------------------------------------------------------------------------------------------

@@ -5,14 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_run import make_labels, make_model, make_objective, make_run_batch
+from fake_run import make_labels, make_model, make_objective, make_run_batch, make_task
 
-from supermoe.objectives.objective import FEW_USERS, NonFiniteLoss
+from supermoe.objectives.balancer import Balancer
+from supermoe.objectives.balancers import Equal
+from supermoe.objectives.objective import FEW_USERS, NonFiniteLoss, Objective
+from supermoe.typed_yaml import UserError
 
 
 @pytest.fixture(scope="module")
 def world():
-    objective = make_objective(balancer="fixed", weights={"churn": 2.0, "next": 0.5})
+    objective = make_objective(balancer="fixed", weights={"churn": 2.0, "spend": 0.5})
     return objective, make_model(objective.tasks, objective.pretraining).eval()
 
 
@@ -36,7 +39,7 @@ def test_loss_is_the_weighted_sum_of_means_on_the_scale_of_the_priors(world) -> 
     expected = sum(entry.routing.aux_loss.item() for entry in output.routings)
     for i, (name, term) in enumerate(objective.terms.items()):
         evidence = term.num_users / (term.num_users + FEW_USERS) if name in objective.tasks else 1.0
-        weight = objective.balancer.weight_T[i].item() * evidence
+        weight = objective.weight_T[i].item() * evidence
         expected += weight * sum_T[i].item() / count_T[i].item() / term.prior_loss
         assert count_T[i] == term.count(batch) > 0, name
     assert total == pytest.approx(expected, rel=1e-5)
@@ -77,3 +80,112 @@ def test_a_loss_that_is_not_finite_names_task_step_and_rows(world) -> None:
     batch = replace(batch, labels=labels)
     with pytest.raises(NonFiniteLoss, match=r"step 7: the loss of 'spend' is inf .* store rows 6, 7, 8"):
         objective.loss(model.heads, model(batch), batch, objective.counts([batch]), step=7)
+
+
+# --- gradients at the user's vector -----------------------------------------------------------------------------------
+
+
+class Recorder(Balancer):
+    """Measures gradients at every step and keeps what it is shown; steers as it is told."""
+
+    Config = Equal.Config
+    steers, every = True, 1
+
+    def steer(self, gram_TT):
+        self.seen = gram_TT
+        return self.wanted_T
+
+    def forward(self, step):
+        self.step = step
+        return self.weight_T
+
+
+def recording(share: float = 1.0):
+    """An objective and a model in evaluation mode, whose heads have weights."""
+    objective = make_objective()
+    balancer = objective.balancer = Recorder(Equal.Config(), names=list(objective.tasks))
+    balancer.wanted_T = torch.full((len(objective.tasks),), share, dtype=torch.float64)
+    model = make_model(objective.tasks, objective.pretraining).eval()
+    with torch.no_grad():
+        for head in model.heads.values():
+            for parameter in head.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape)
+    return objective, model
+
+
+def users_gradients(objective, model, batch, count_T) -> torch.Tensor:
+    """Gradient of every task's scaled mean loss at the users' vectors, one backward pass each -> [T, B * D]."""
+    rows = []
+    for i, (name, task) in enumerate(objective.tasks.items()):
+        output = model(batch)
+        loss = task.loss(model.heads[name], output, batch)[0]
+        if name not in output.task_BX:
+            rows.append(torch.zeros_like(output.user_BD).flatten())
+            continue
+        (gradient,) = torch.autograd.grad(loss, output.user_BD)
+        scale = task.num_users / (task.num_users + FEW_USERS) / task.prior_loss / count_T[i].item()
+        rows.append(scale * gradient.flatten())
+    return torch.stack(rows)
+
+
+def test_inner_products_are_those_of_the_tasks_gradients_and_batches_add_up() -> None:
+    objective, model = recording()
+    batches = [make_run_batch(1), make_run_batch(2)]
+    _, _, sum_T, count_T = total_and_gradient(objective, model, batches)
+    objective.finish_step(sum_T, count_T)
+    expected_TT = 0.0
+    for batch in batches:
+        gradient_TX = users_gradients(objective, model, batch, count_T)
+        expected_TT = expected_TT + gradient_TX @ gradient_TX.t()
+    torch.testing.assert_close(objective.balancer.seen, (gradient_TX @ gradient_TX.t()).double(), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(objective.balancer.step.gram_TT, expected_TT.double(), rtol=1e-3, atol=1e-9)
+    item = list(objective.tasks).index("item")  # learns from events
+    assert not objective.balancer.step.gram_TT[item].any()
+
+
+@pytest.mark.parametrize("task", ["churn", "basket", "item"])
+def test_a_share_scales_what_passes_below_the_head_and_nothing_else(task: str) -> None:
+    batch, share, found = make_run_batch(1), 0.25, {}
+    objective, model = recording()
+    index = list(objective.tasks).index(task)
+    for wanted in (1.0, share, 0.0):
+        objective.balancer.wanted_T[index] = wanted
+        _, found[wanted], _, _ = total_and_gradient(objective, model, [batch])
+    own = f"heads.{task}_."
+    tied = {"embedding.tables.type_.weight"} if task in ("basket", "item") else set()  # a head's own reach
+    for name, whole in found[1.0].items():
+        if name.startswith("heads."):
+            torch.testing.assert_close(found[0.0].get(name, torch.zeros(())), whole, msg=name)
+        elif name not in tied:
+            rest = found[0.0].get(name, torch.zeros_like(whole))
+            torch.testing.assert_close(found[share][name], rest + share * (whole - rest), rtol=1e-3, atol=1e-7)
+    trunk = "encoder.blocks.0.feed_forward.w_in.weight"
+    assert not torch.equal(found[0.0][trunk], found[1.0][trunk])
+    assert any(name.startswith(own) and gradient.any() for name, gradient in found[0.0].items())
+
+
+def test_a_read_out_that_passes_no_gradient_on_is_refused() -> None:
+    objective, model = recording()
+    batch = make_run_batch(1)
+    output = model(batch)
+    cut = replace(output, task_BX={name: x_BX.detach() for name, x_BX in output.task_BX.items()})
+    with pytest.raises(UserError, match=r"loss\.balancer=equal needs .* and model\.readout passes none of 'churn' on"):
+        objective.loss(model.heads, cut, batch, objective.counts([batch]))
+
+
+def test_tasks_that_all_learn_from_events_have_no_gradients_to_measure() -> None:
+    item = {"item": make_task("next_item", "item")}
+    balancer = Recorder(Equal.Config(), names=["item"])
+    with pytest.raises(UserError, match=r"no task reads it: all learn from events\. Choose a balancer of losses alone"):
+        Objective(item, {}, balancer)
+
+
+def test_units_and_evidence_can_be_switched_off() -> None:
+    tasks, batch = make_objective().tasks, make_run_batch(1)
+    model = make_model(tasks, {}).eval()
+    total = 0.0
+    objective = Objective(tasks, {}, Equal(Equal.Config(), names=list(tasks)), units="none", few_users=0)
+    loss, sum_T = objective.loss(model.heads, model(batch), batch, objective.counts([batch]))
+    total = sum((sum_T / objective.counts([batch])).tolist()) / len(tasks)
+    total += sum(entry.routing.aux_loss.item() for entry in model(batch).routings)
+    assert loss.item() == pytest.approx(total, rel=1e-5)

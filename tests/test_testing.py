@@ -12,7 +12,9 @@ from tiny import make_log, make_users
 from supermoe.data.sources import CompleteJourney, Files, Frames
 from supermoe.data.splits import TimeSplit
 from supermoe.model.routers import SoftmaxRouter
+from supermoe.objectives.balancers import REGISTRY as BALANCERS
 from supermoe.objectives.balancers import Equal
+from supermoe.objectives.jacobian_descent import JacobianDescent
 from supermoe.objectives.tasks import Binary
 from supermoe.testing import check_balancer, check_router, check_source, check_splits, check_task
 
@@ -43,9 +45,13 @@ def test_builtin_routers(kind: str, balance: str, top_k: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"type": "equal"}, {"type": "fixed", "weights": {"first": 2.0}}], ids=lambda c: c["type"]
+    "config",
+    [{"type": name, **({"weights": {"first": 2.0}} if name == "fixed" else {})} for name in BALANCERS],
+    ids=lambda config: config["type"],
 )
 def test_builtin_balancers(config: dict) -> None:
+    if issubclass(BALANCERS[config["type"]], JacobianDescent):
+        pytest.importorskip("torchjd", reason="the extra `torchjd` is not installed")
     check_balancer(config)
 
 
@@ -98,15 +104,15 @@ class CountsNothing(SoftmaxRouter):
 class Drifts(Equal):
     """State that no checkpoint holds, and a sum that is not one."""
 
-    def forward(self, loss_T, count_T, grad_TD=None):
+    def forward(self, step):
         return self.weight_T * 2
 
 
 class NaNWhereNotAsked(Equal):
     """Weights straight from the losses."""
 
-    def forward(self, loss_T, count_T, grad_TD=None):
-        return loss_T / loss_T.sum()
+    def forward(self, step):
+        return step.loss_T / step.loss_T.sum()
 
 
 class FitsOnTheFuture(TimeSplit):

@@ -1,7 +1,7 @@
-"""How the weights of the losses follow training. A balancer is asked after every step and answers for the next one.
+"""The balancers that can be named in YAML: how the weights of the tasks follow training; see `balancer.py`.
 
-Losses arrive divided by their prior's, summed over ranks and accumulation steps, so that every rank gets the same
-weights. Weights sum to one. All state is in buffers, so that it is part of the checkpoint.
+Add one by a class with its own `Config` and the methods of `Balancer`; name it in `REGISTRY`, or in the config by its
+import path.
 """
 
 from __future__ import annotations
@@ -10,41 +10,27 @@ from typing import Any
 
 import torch
 from pydantic import field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
+from supermoe.objectives.balancer import Balancer, Step, to_one
+from supermoe.objectives.jacobian_descent import Aligned, CAGrad, Nash, PCGrad, UPGrad
+from supermoe.objectives.seesaw import Seesaw
+from supermoe.objectives.task_weighting import DWA, FAMO, STCH, GradNorm, Uncertainty
 from supermoe.typed_yaml import Config, UserError, nearest
 
 
-class Balancer(nn.Module):
-    """Base: `weight_T` holds the weights of the next step, `names` the losses in order."""
-
-    weight_T: Tensor
-
-    def __init__(self, config: Any, *, names: list[str]):
-        super().__init__()
-        self.config, self.names = config, names
-        self.register_buffer("weight_T", torch.full((len(names),), 1 / len(names)))
-
-    def forward(self, loss_T: Tensor, count_T: Tensor, grad_TD: Tensor | None = None) -> Tensor:
-        """Weights of the next step from this step's mean losses (NaN where nothing was asked) and counts.
-
-        `grad_TD`: gradients of the losses at the user representation, for balancers that need them.
-        """
-        raise NotImplementedError
-
-
 class Equal(Balancer):
-    """Every loss weighs the same."""
+    """Every task weighs the same."""
 
     class Config(Config):
         type: str = "equal"
 
-    def forward(self, loss_T: Tensor, count_T: Tensor, grad_TD: Tensor | None = None) -> Tensor:
+    def forward(self, step: Step) -> Tensor:
         return self.weight_T
 
 
 class Fixed(Balancer):
-    """Weights from the config; a loss that is not named weighs 1. Only their proportions matter."""
+    """Weights from the config; a task that is not named weighs 1. Only their proportions matter."""
 
     class Config(Config):
         type: str = "fixed"
@@ -65,11 +51,24 @@ class Fixed(Balancer):
         for name in config.weights:
             if name not in names:
                 raise UserError(f"loss.balancer.weights.{name}: there is no such task, {nearest(name, names)}")
-        weight_T = torch.tensor([config.weights.get(name, 1.0) for name in names])
-        self.weight_T = weight_T / weight_T.sum()
+        self.weight_T = to_one(torch.tensor([config.weights.get(name, 1.0) for name in names], dtype=torch.float64))
 
-    def forward(self, loss_T: Tensor, count_T: Tensor, grad_TD: Tensor | None = None) -> Tensor:
+    def forward(self, step: Step) -> Tensor:
         return self.weight_T
 
 
-REGISTRY = {"equal": Equal, "fixed": Fixed}
+REGISTRY = {
+    "equal": Equal,
+    "fixed": Fixed,
+    "uncertainty": Uncertainty,
+    "dwa": DWA,
+    "gradnorm": GradNorm,
+    "famo": FAMO,
+    "stch": STCH,
+    "pcgrad": PCGrad,
+    "cagrad": CAGrad,
+    "nash": Nash,
+    "aligned": Aligned,
+    "upgrad": UPGrad,
+    "seesaw": Seesaw,
+}
