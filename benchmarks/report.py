@@ -1,4 +1,4 @@
-"""The tables of the README, made from the rows in benchmarks/results; `--check` tells whether they are up to date."""
+"""The tables of README and docs, from the rows in benchmarks/results; `--check` tells whether they are up to date."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from supermoe.studies.seesaw_report import gain_rows, method_rows, metric_rows, optimal_rows
+
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "seesaw.md"]
 
 
 def complete_journey(result: dict[str, Any]) -> list[list[str]]:
@@ -35,30 +37,34 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "complete_journey": complete_journey,
     "train_step": train_step,
 }
+# of a seesaw study, named seesaw_<study>__<part>
+SEESAW = {"methods": method_rows, "metrics": metric_rows, "gains": gain_rows, "optimal": optimal_rows}
 
 
 def render(name: str) -> str:
-    """The table of benchmarks/results/<name>.json in Markdown."""
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    lines = TABLES[name](result)
+    """The table in Markdown: of benchmarks/results/<name>.json, or a part of a seesaw study's."""
+    file, _, part = name.partition("__")
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    lines = SEESAW[part](result["rows"][0]) if part else TABLES[name](result)
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
 
 
 def filled(text: str) -> str:
-    """The README with every table between `<!-- table:NAME -->` and `<!-- end -->` made anew."""
+    """A page with every table between `<!-- table:NAME -->` and `<!-- end -->` made anew."""
     pattern = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return pattern.sub(lambda match: f"{match[1]}{render(match[2])}\n{match[3]}", text)
 
 
 def main() -> None:
-    """Rewrite the README's tables, or with --check exit 1 where they differ from the rows."""
-    text = README.read_text(encoding="utf-8")
-    if "--check" in sys.argv[1:]:
-        raise SystemExit(
-            0 if filled(text) == text else "README tables differ from benchmarks/results: run benchmarks/report.py"
-        )
-    README.write_text(filled(text), encoding="utf-8")
+    """Rewrite the tables, or with --check exit 1 where they differ from the rows."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text)
+        if "--check" not in sys.argv[1:]:
+            page.write_text(new, encoding="utf-8")
+        elif new != text:
+            raise SystemExit(f"the tables of {page.name} differ from benchmarks/results: run benchmarks/report.py")
 
 
 if __name__ == "__main__":

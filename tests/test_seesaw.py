@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import tiny
 import yaml
 
 from supermoe import seesaw
+from supermoe.model.readouts import REGISTRY as READOUTS
+from supermoe.objectives.balancers import REGISTRY as BALANCERS
 from supermoe.studies.seesaw import Request
 from supermoe.typed_yaml import UserError
 
@@ -88,3 +92,15 @@ def test_wrong_arguments(asked: list[Request], capsys: pytest.CaptureFixture[str
         seesaw.main(["--config", "config.yaml", "--seeds", "0"])
     assert "expected a whole number from 1 on, got '0'" in capsys.readouterr().err
     assert asked == []
+
+
+def test_the_page_knows_every_method_and_its_commands_parse(asked: list[Request]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "seesaw.md").read_text()
+    told = set(re.findall(r"`(\w+)`", page))
+    assert {*BALANCERS, *READOUTS} - told == set()
+    commands = re.findall(r"^python -m supermoe\.seesaw (.*)$", page, re.MULTILINE)
+    assert commands
+    for command in commands:
+        config = str(Path(__file__).parents[1] / shlex.split(command)[1])
+        seesaw.main(["--config", config, *shlex.split(command)[2:]])
+    assert len(asked) == len(commands)

@@ -135,3 +135,13 @@ def test_a_study_needs_a_validation_and_a_test_cut(inside: Path, tmp_path: Path)
     cuts = "data.splits={type: time, train: [2020-08-01], test: 2020-10-01}"
     with pytest.raises(UserError, match="needs a validation cut"):
         main(["--config", "config.yaml", cuts, f"run={tmp_path}"])
+
+
+def test_what_does_not_reach_the_shared_parts_has_no_weight_there() -> None:
+    row = {"weight": {"churn": 0.25, "spend": 0.5, "next_event": 0.25}}
+    assert seesaw.shared_weights(row) == row["weight"]
+    assert seesaw.shared_weights(row | {"share": {"churn": 0.0, "spend": 1.5}}) == {
+        "churn": 0.0,
+        "spend": 0.75,
+        "next_event": 0.25,
+    }

@@ -186,15 +186,21 @@ def _training_facts(runs: Sequence[Training]) -> dict[str, Any]:
     """Cost of a method, and what happened inside its first seed's training."""
     first = runs[0].folder
     reports = [read_json(run.folder / "report.json", REMEDY, "router") for run in runs]
-    weights = [row for row in read_metrics(first) if row["kind"] == "train"]
-    weights = weights[:: max(1, len(weights) // MAX_POINTS)]
+    rows = [row for row in read_metrics(first) if row["kind"] == "train"]
+    rows = rows[:: max(1, len(rows) // MAX_POINTS)]
     return {
         "parameters": reports[0]["parameters"],
         "seconds_per_step": float(np.mean([60 * r["training_minutes"] / max(r["steps"], 1) for r in reports])),
-        "weights": {"step": [row["step"] for row in weights], "weight": [row["weight"] for row in weights]},
+        "weights": {"step": [row["step"] for row in rows], "weight": [shared_weights(row) for row in rows]},
         "gradients": read_json(first / GRADIENTS, REMEDY, "cosine"),
         "experts": {
             layer: {name.removeprefix("task "): load for name, load in health["by"].items() if name.startswith("task ")}
             for layer, health in reports[0]["router"].items()
         },
     }
+
+
+def shared_weights(row: dict[str, Any]) -> dict[str, float]:
+    """Weight of every loss in what is shared, from a line of metrics.jsonl: times its share where it has one."""
+    share = row.get("share", {})
+    return {name: weight * share.get(name, 1.0) for name, weight in row["weight"].items()}
