@@ -53,11 +53,14 @@ class Router(nn.Module):
     def losses(self, logits_NE: Tensor, routing: ops.Routing) -> Tensor:
         """z-loss, and with `balance: aux` E sum_e f_e P_e (f: share of choices, P: mean score) -> scalar."""
         num_tokens = max(len(logits_NE), 1)
-        loss = self.config.z_weight * logits_NE.logsumexp(dim=1).square().sum() / num_tokens
+        z = logits_NE.logsumexp(dim=1).square().sum() / num_tokens if routing.z is None else routing.z
+        loss = self.config.z_weight * z
         if self.config.balance == "aux":
+            mean_score_E = routing.mean_score_E
+            if mean_score_E is None:
+                mean_score_E = F.normalize(routing.probs_NE, p=1, dim=1).sum(0) / num_tokens
             share_E = routing.counts_E / (num_tokens * self.top_k)
-            prob_E = F.normalize(routing.probs_NE, p=1, dim=1).sum(0) / num_tokens
-            loss = loss + self.config.aux_weight * logits_NE.shape[1] * (share_E * prob_E).sum()
+            loss = loss + self.config.aux_weight * logits_NE.shape[1] * (share_E * mean_score_E).sum()
         return loss
 
     @torch.no_grad()

@@ -34,6 +34,13 @@ _HISTORY = ("history_attention", "indicator_attention")
 _LOSSES = ("linear_cross_entropy", "linear_cross_entropy_sets")
 
 BACKENDS: dict[str, Backend] = {  # the first that takes the operands is used
+    "triton": Backend(
+        about="our own kernels for the router and the experts",
+        modules={"route": _OWN + "triton_moe", "expert_ffn": _OWN + "triton_moe"},
+        devices=("cuda",),
+        requires=("triton", "supermoe.kernels"),
+        remedy="pip install -e '.[triton]' in a clone of supermoe",
+    ),
     "torch": Backend(
         about="attention by length, chunked cross-entropy, grouped experts, bulk dropout",
         modules={

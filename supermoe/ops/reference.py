@@ -20,6 +20,9 @@ class Routing:
     counts_E: Tensor  # int64, tokens per expert
     probs_NE: Tensor  # fp32 scores of all experts, before any bias
     aux_loss: Tensor | None = None  # scalar; set by the router that has one
+    # for the auxiliary losses, from a back end that has them at hand:
+    mean_score_E: Tensor | None = None  # mean over tokens of the scores divided by their sum
+    z: Tensor | None = None  # scalar, mean of logsumexp(logits)^2
 
 
 def activate(hidden: Tensor, activation: str) -> Tensor:
