@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,9 @@ def launch(size: int, work: Callable[[Path], None], folder: Path) -> None:
     processes = [context.Process(target=_rank, args=(rank, size, port, work, folder)) for rank in range(size)]
     for process in processes:
         process.start()
+    until = time.monotonic() + TIMEOUT
     for process in processes:
-        process.join(TIMEOUT)
+        process.join(max(0.0, until - time.monotonic()))
     stuck = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()

@@ -67,14 +67,20 @@ class Parallel:
             mesh = DeviceMesh(self.world.device.type, list(range(self.world.size)), mesh_dim_names=("all",))
             for module in (step, average):
                 if module is not None:
-                    fully_shard(module, mesh=mesh, ignored_params=set(sharded_parameters(module).values()))
-                    self._sharded.append(module)  # type: ignore[arg-type]  # it is one now
+                    self._fully_shard(module, mesh)
             return step
         # buffers are alike on all ranks already
         ignored = [*sharded_parameters(step), *(name for name, _ in step.named_buffers())]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
         self._step = DistributedDataParallel(step)
         return self._step
+
+    def _fully_shard(self, module: Any, mesh: DeviceMesh) -> None:
+        told = {name: dict(param.__dict__) for name, param in module.named_parameters()}
+        fully_shard(module, mesh=mesh, ignored_params=set(sharded_parameters(module).values()))
+        for name, param in module.named_parameters():
+            param.__dict__.update(told[name])  # that it is a table, which its shards would not say
+        self._sharded.append(module)
 
     def optimizer(self, cls: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
         """What to build an optimiser of dense weights with: the class itself, or fairscale's OSS around it."""
