@@ -17,7 +17,7 @@ from supermoe.typed_yaml import UserError
 @pytest.fixture
 def trainings(tmp_path: Path) -> list[Training]:
     config = tiny.make_config(tmp_path)
-    return plan({"equal": config, "alone.churn": config}, 2, tmp_path / "out", "mark", threads=3)
+    return plan({"equal": config, "alone.churn": config}, 2, tmp_path / "out", "mark", threads=3, epochs=4)
 
 
 def test_a_training_is_named_by_what_decides_its_outcome(trainings: list[Training]) -> None:
@@ -29,7 +29,7 @@ def test_a_training_is_named_by_what_decides_its_outcome(trainings: list[Trainin
     ]
     config = trainings[0].config
     assert trainings[0].folder.name == f"equal-seed0-{digest(config, 'mark')}"
-    assert config.training.threads == 3
+    assert (config.training.threads, config.training.epochs, config.training.refit) == (3, 4, False)
     moved = config.model_copy(update={"run": Path("elsewhere"), "data": config.data.model_copy(update={"threads": 7})})
     assert digest(moved, "mark") == digest(config, "mark")
     assert digest(config, "other store") != digest(config, "mark")

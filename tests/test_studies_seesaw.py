@@ -100,7 +100,9 @@ def test_what_is_trained_is_used_again_and_what_was_stopped_goes_on(
     assert (stopped / "predictions/test/churn.parquet").read_bytes() == predictions
     assert result() == before
     configs = {"equal": load_run("config.yaml", ["training.lr=1e-3"])}
-    (other,) = seesaw_runs.plan(configs, 1, Path("run/seesaw"), Store.open(Path("run/store")).fingerprint, 1)
+    (other,) = seesaw_runs.plan(
+        configs, 1, Path("run/seesaw"), Store.open(Path("run/store")).fingerprint, threads=1, epochs=6
+    )
     assert not other.is_done  # another config is another training
 
 

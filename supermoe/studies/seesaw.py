@@ -22,10 +22,11 @@ from supermoe.data.prepare import fingerprint, prepare
 from supermoe.data.store import Store
 from supermoe.model.readouts import REGISTRY as READOUTS
 from supermoe.objectives.balancers import REGISTRY as BALANCERS
+from supermoe.objectives.task import Task
 from supermoe.studies.seesaw_report import write_seesaw_report
 from supermoe.studies.seesaw_runs import ALONE, GRADIENTS, Training, carry_out, plan, progress, threads_per_training
 from supermoe.studies.seesaw_table import Answers, aligned, compare, metric_of, read_predictions
-from supermoe.training.build import build_tasks
+from supermoe.training.build import build_tasks, num_epochs
 from supermoe.training.metrics import finite, read_metrics
 from supermoe.typed_yaml import UserError, build, nearest
 
@@ -60,14 +61,16 @@ def study(request: Request) -> dict[str, Any]:
         store = prepare(base, source)
         _check(store, request, methods, source)
         configs = {f"{ALONE}.{task}": alone(request, base, task) for task in base.tasks} | methods
-        threads = threads_per_training(request.jobs)
-        trainings = plan(configs, request.seeds, out, store.fingerprint, threads)
+        tasks = build_tasks(base, store)
+        epochs = num_epochs(base, {name: task.head_spec() for name, task in tasks.items()})
+        budget = {"threads": threads_per_training(request.jobs), "epochs": epochs}
+        trainings = plan(configs, request.seeds, out, store.fingerprint, **budget)
         singles = [training for training in trainings if training.name.startswith(f"{ALONE}.")]
         with progress(trainings) as bar:
             carry_out(singles, request.jobs, bar)
             publish_text(out / REFERENCE, json.dumps(references(singles), indent=1) + "\n")
             carry_out(trainings, request.jobs, bar)
-        result = summarise(request, base, store, trainings, _optimal(source))
+        result = _head(request, base) | summarise(tasks, store, request.split, trainings, _optimal(source))
         publish_text(out / "seesaw.json", json.dumps(finite(result), indent=1) + "\n")
         write_seesaw_report(out, result)
     return result
@@ -129,7 +132,7 @@ def _check(store: Store, request: Request, methods: dict[str, RunConfig], source
             f"choose --split valid (and say so: the weights were selected on it)"
         )
     for name, config in methods.items():
-        if store.fingerprint and fingerprint(config, source) != store.fingerprint:
+        if config.store != store.path or (store.fingerprint and fingerprint(config, source) != store.fingerprint):
             raise UserError(f"--variant {name}: all methods share one store; only model, loss and training may differ")
 
 
@@ -151,24 +154,28 @@ def references(singles: list[Training]) -> dict[str, float]:
 # --- what came of it --------------------------------------------------------------------------------------------------
 
 
+def _head(request: Request, base: RunConfig) -> dict[str, Any]:
+    """What was asked for."""
+    head = {"config": str(request.config), "overrides": request.overrides, "variants": request.variants}
+    head |= {"split": request.split, "selected_on": "valid", "own": own_method(base)}
+    return head | {"seeds": list(range(base.seed, base.seed + request.seeds))}
+
+
 def summarise(
-    request: Request, base: RunConfig, store: Store, trainings: list[Training], optimal: Mapping[str, pa.Table]
+    tasks: Mapping[str, Task], store: Store, split: str, trainings: list[Training], optimal: Mapping[str, pa.Table]
 ) -> dict[str, Any]:
-    """Everything that the report says, as plain data."""
+    """What came of the trainings, measured on a split, as plain data; see `compare`."""
     runs: dict[str, list[Training]] = {}
     for training in trainings:
         runs.setdefault(training.name, []).append(training)
     methods = [name for name in runs if not name.startswith(f"{ALONE}.")]
-    tasks = build_tasks(base, store)
     answers = {}
     for name, task in tasks.items():
         folders = {ALONE: runs[f"{ALONE}.{name}"]} | {method: runs[method] for method in methods}
-        tables = {
-            of: [read_predictions(run.folder, request.split, name) for run in found] for of, found in folders.items()
-        }
+        tables = {of: [read_predictions(run.folder, split, name) for run in found] for of, found in folders.items()}
         answers[name] = Answers(task.main_metric, tables)
     result = compare(answers)
-    rows = store.rows_of(request.split)
+    rows = store.rows_of(split)
     for name, task in tasks.items():
         prior = task.metrics(task.prior_scores(len(rows)), label_rows(store.labels[name], rows))
         result["tasks"][name]["prior"] = prior[task.main_metric]
@@ -177,9 +184,7 @@ def summarise(
             result["tasks"][name]["optimal"] = metric_of(best, task.main_metric)
     for method in methods:
         result["methods"][method] |= _training_facts(runs[method])
-    head = {"config": str(request.config), "overrides": request.overrides, "variants": request.variants}
-    head |= {"split": request.split, "selected_on": "valid", "own": own_method(base)}
-    return head | {"seeds": sorted({training.seed for training in trainings})} | result
+    return result
 
 
 def _training_facts(runs: Sequence[Training]) -> dict[str, Any]:

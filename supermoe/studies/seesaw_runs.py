@@ -54,18 +54,21 @@ class Training:
         return (self.folder / "report.json").exists()
 
 
-def plan(configs: dict[str, RunConfig], seeds: int, out: Path, mark: str, threads: int) -> list[Training]:
+def plan(
+    configs: dict[str, RunConfig], seeds: int, out: Path, mark: str, *, threads: int, epochs: int
+) -> list[Training]:
     """Every config under every seed.
 
     Args:
         configs: by the name of what is trained.
         out: folder of the study; `mark`: the store's fingerprint.
-        threads: of one training, where the config leaves it open.
+        threads, epochs: of one training, where the config leaves them open: the same budget for all.
     """
     found = []
     for name, config in configs.items():
         # What is compared are the weights that validation selected; to train them again would double every cost.
-        training = {"threads": config.training.threads or threads, "keep_checkpoints": 1, "refit": False}
+        training = {"threads": config.training.threads or threads, "epochs": config.training.epochs or epochs}
+        training |= {"keep_checkpoints": 1, "refit": False}
         shared = {
             "data": config.data.model_copy(update={"store": config.store}),
             "training": config.training.model_copy(update=training),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,17 @@ class Run:
 
 
 def build_run(
-    config: RunConfig, store: Store, folder: Path | None = None, until: float = 1.0, world: World | None = None
+    config: RunConfig,
+    store: Store,
+    folder: Path | None = None,
+    until: float = 1.0,
+    replay: list[Any] | None = None,
+    world: World | None = None,
 ) -> Run:
     """Seed all generators and build tasks, model, objective and trainer, the heads at their priors.
 
-    The trainer works in `folder`, that of the run by default, `until` a share of its schedule is done; the ranks of a
-    `world` build the same, and the trainer spreads it over them.
+    The trainer works in `folder`, that of the run by default, `until` a share of its schedule is done, and may `replay`
+    another's evaluations; the ranks of a `world` build the same, and the trainer spreads it over them.
     """
     seed_everything(config.seed)
     if config.training.threads:
@@ -123,6 +129,7 @@ def build_run(
         _training(config, store, heads),
         folder=folder or config.run,
         until=until,
+        replay=replay,
         identity={**config.model_dump(mode="json"), "store": store.fingerprint},
         seed=config.seed,
         event_names=event_names(store),
@@ -139,10 +146,14 @@ def wants_refit(config: RunConfig, store: Store) -> bool:
 def _training(config: RunConfig, store: Store, heads: dict[str, HeadSpec]) -> TrainingConfig:
     """What one training is told, its length decided: a refit gets half of the minutes."""
     told = config.training
-    learns_items = any(heads[name].reads == "event" for name in config.tasks)
     minutes = told.max_minutes / 2 if told.max_minutes and wants_refit(config, store) else told.max_minutes
-    epochs = told.epochs or (EPOCHS_OF_EVENTS if learns_items else EPOCHS_OF_EXAMPLES)
-    return told.model_copy(update={"max_minutes": minutes, "epochs": epochs})
+    return told.model_copy(update={"max_minutes": minutes, "epochs": num_epochs(config, heads)})
+
+
+def num_epochs(config: RunConfig, heads: dict[str, HeadSpec]) -> int:
+    """Epochs of one training; where the config leaves it open, what its tasks learn from decides."""
+    learns_items = any(heads[name].reads == "event" for name in config.tasks)
+    return config.training.epochs or (EPOCHS_OF_EVENTS if learns_items else EPOCHS_OF_EXAMPLES)
 
 
 def choose_backend(name: str | None) -> None:
@@ -170,6 +181,12 @@ def build_tasks(config: RunConfig, store: Store) -> dict[str, Task]:
         task = build("supermoe.objectives.tasks", item, name=name, label=label, schema=store.schema)
         labels = label_rows(store.labels[name], train)
         task.fit_prior(labels, counts.get(label.field or ""))
+        if task.head_spec().reads == "example" and (reason := task.undefined(labels)):
+            warnings.warn(
+                f"tasks.{name}: in training {reason}, so there is nothing to learn: it is kept, and will answer its prior. "
+                f"Check its `label`, or leave it out with tasks.{name}=null",
+                stacklevel=2,
+            )
         learns_from = train if task.head_spec().reads == "event" else train[asked(labels).numpy()]
         task.num_users = len(np.unique(store.examples.user[learns_from]))
         tasks[name] = task
