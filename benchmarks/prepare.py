@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -167,21 +168,22 @@ def compare(args: argparse.Namespace) -> None:
             shutil.rmtree(args.scratch / "run", ignore_errors=True)
             rows.append({"step": name, "round": number, **step(name, args)})
     rows.append({"step": "batches", **step("batches", args)})
-    wall = {
-        name: statistics.median(row["wall_s"] for row in rows if row["step"] == name) for name in ("sort", "prepare")
-    }
+    ratio, cpu_ratio = (_median("prepare", rows, clock) / _median("sort", rows, clock) for clock in ("wall_s", "cpu_s"))
     peak = max(row["peak_rss_mb"] for row in rows if row["step"] == "prepare")
-    ratio, limit = wall["prepare"] / wall["sort"], megabytes(args.memory) + HEADROOM
+    limit = megabytes(args.memory) + HEADROOM
     store = sum(row["units"] for row in rows if row["step"] == "batches")
-    path = harness.write(
-        "prepare", rows, events=args.events, memory=args.memory, threads=args.threads, ratio=ratio, peak_limit_mb=limit
-    )
-    print(
-        f"time: {ratio:.2f} x the bare sort (at most {SLOWDOWN}); peak RSS {peak:.0f} MB (at most {limit:.0f}); {path}"
-    )
+    settings = {"events": args.events, "memory": args.memory, "threads": args.threads}
+    found = {"ratio": ratio, "cpu_ratio": cpu_ratio, "peak_limit_mb": limit, "load": os.getloadavg()[1]}
+    path = harness.write("prepare", rows, **settings, **found)
+    print(f"time: {ratio:.2f} x the bare sort (at most {SLOWDOWN}), {cpu_ratio:.2f} x its CPU time; {path}")
+    print(f"peak RSS {peak:.0f} MB (at most {limit:.0f})")
     print(f"batches: {store:,.0f} events read with {rows[-1]['peak_rss_mb']:.0f} MB")
     if ratio > SLOWDOWN or peak > limit:
         raise SystemExit(1)
+
+
+def _median(step: str, rows: list[dict[str, Any]], clock: str) -> float:
+    return statistics.median(row[clock] for row in rows if row["step"] == step)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def staged(path: Path, events: pd.DataFrame, users: pd.DataFrame | None = None, 
 @contextmanager
 def store_under_construction(log: Staged, path: Path, training_sql: str) -> Iterator[tuple[StoreWriter, Vocabularies]]:
     """A store with vocabularies, users and events written, ready for its examples."""
-    vocabularies = vocab.fit(log.con, log.fields, log.num_events, training_sql)
+    vocabularies = vocab.fit(log.con, log.fields, training_sql)
     vocabularies.register(log.con)
     with StoreWriter(path) as writer:
         vocabularies.save(writer.folder / "vocab")

@@ -25,7 +25,7 @@ def written(tmp_path, frame, users=None, fields=None):
         con = connect("200MB", 1, writer.scratch)
         source = Frames(frame, users=users)
         log = stage(con, source.attach(con), DataConfig.model_construct(fields=fields or {}), writer.scratch)
-        fitted = vocab.fit(con, log.fields, log.num_events, "true")
+        fitted = vocab.fit(con, log.fields, "true")
         count = events.write_events(log, fitted, writer)
         events.write_users(log, writer)
         yield count, writer

@@ -103,7 +103,8 @@ def _order(store: _Evidence) -> Iterator[str]:
     """Histories rise in time; `visible` parts them at the cut."""
     for first, end in store.event_blocks():
         begin = max(first - 1, 0)
-        back = np.diff(store.read("events/time", begin, end)) < 0
+        time = store.read("events/time", begin, end)
+        back = time[1:] < time[:-1]
         starts = store.offsets[np.searchsorted(store.offsets, begin + 1) : np.searchsorted(store.offsets, end)]
         back[starts - begin - 1] = False  # another user's history begins
         if back.any():
@@ -161,7 +162,7 @@ def _windows(store: _Evidence) -> Iterator[str]:
 def _fitting(store: _Evidence) -> Iterator[str]:
     """Counts in the vocabularies equal those in training time; knots equal those fitted again there."""
     numbers = {name: field for name, field in store.staged.fields.items() if field.kind == "number"}
-    again = vocab.fit(store.staged.con, numbers, store.staged.num_events, _training_sql(store.plan))
+    again = vocab.fit(store.staged.con, numbers, _training_sql(store.plan))
     fitted = vocab.load(store.folder / "vocab", store.staged.fields)
     for name in numbers:
         if not np.array_equal(again.knots[name], fitted.knots[name]):

@@ -47,7 +47,10 @@ def chunks(staged: Staged, plan: Plan) -> Iterator[Chunk]:
     con = staged.con
     check(con, plan.eligible.sql, "data.splits.eligible.sql")
     check_events(plan.eligible.events, staged.event_types, "data.splits.eligible.events")
-    con.execute(f"CREATE OR REPLACE TEMP TABLE candidates AS {plan.candidates_sql}")
+    seen = "WHERE visible > 0" if plan.eligible == Eligible() else ""  # what the default condition says
+    con.execute(
+        f"CREATE OR REPLACE TEMP TABLE candidates AS FROM ({plan.candidates_sql}) {seen} ORDER BY user_row, cut, split"
+    )
     people = con.execute(
         "SELECT first_row, num_events, num_examples, visible FROM people LEFT JOIN (SELECT user_row, count(*) AS "
         "num_examples, sum(visible) AS visible FROM candidates GROUP BY user_row) USING (user_row) ORDER BY user_row"
@@ -59,7 +62,8 @@ def chunks(staged: Staged, plan: Plan) -> Iterator[Chunk]:
     first_example = 0
     for first, end in pairwise(edges):
         _load(con, first, end)
-        _keep_eligible(con, plan, first_example)
+        if plan.eligible != Eligible():
+            _keep_eligible(con, plan.eligible, first_example)
         rows = con.execute(
             f"SELECT user_row, epoch_us(cut) // 1000000 AS cut, visible, split FROM chunk_examples ORDER BY {EXAMPLE}"
         ).fetchnumpy()
@@ -79,23 +83,21 @@ def _load(con: duckdb.DuckDBPyConnection, first: int, end: int) -> None:
         f"FROM log WHERE user_row >= {first} AND user_row < {end}"
     )
     con.execute(
-        "CREATE OR REPLACE TEMP TABLE chunk_examples AS SELECT row_number() OVER (ORDER BY user_row, cut, split) - 1 "
-        f"AS {EXAMPLE}, * FROM candidates WHERE user_row >= {first} AND user_row < {end}"
+        f"CREATE OR REPLACE TEMP TABLE chunk_examples AS SELECT rowid AS {EXAMPLE}, * FROM candidates "
+        f"WHERE user_row >= {first} AND user_row < {end}"
     )
 
 
-def _keep_eligible(con: duckdb.DuckDBPyConnection, plan: Plan, first_example: int) -> None:
-    """Reduce `chunk_examples` to the eligible ones, numbered from `first_example`."""
-    condition = "visible > 0"  # what the default condition says
-    if plan.eligible != Eligible():
-        size = con.execute("SELECT count(*) FROM chunk_examples").fetchall()[0][0]
-        rows = history_rows(plan.eligible.window, plan.eligible.events)
-        kept = np.flatnonzero(holds(con, rows, plan.eligible.sql, 0, size, "data.splits.eligible.sql"))
-        con.register("kept_examples", {"number": kept})
-        condition = f"{EXAMPLE} IN (SELECT number FROM kept_examples)"
+def _keep_eligible(con: duckdb.DuckDBPyConnection, eligible: Eligible, first_example: int) -> None:
+    """Reduce `chunk_examples` to those for whom the condition holds, numbered from `first_example`."""
+    size, first = con.execute(f"SELECT count(*), coalesce(min({EXAMPLE}), 0) FROM chunk_examples").fetchall()[0]
+    rows = history_rows(eligible.window, eligible.events)
+    kept = first + np.flatnonzero(holds(con, rows, eligible.sql, first, size, "data.splits.eligible.sql"))
+    con.register("kept_examples", {"number": kept})
     con.execute(
         f"CREATE OR REPLACE TEMP TABLE chunk_examples AS SELECT * REPLACE ({first_example} + row_number() OVER "
-        f"(ORDER BY {EXAMPLE}) - 1 AS {EXAMPLE}) FROM chunk_examples WHERE {condition}"
+        f"(ORDER BY {EXAMPLE}) - 1 AS {EXAMPLE}) FROM chunk_examples WHERE {EXAMPLE} IN (SELECT number FROM "
+        "kept_examples)"
     )
 
 

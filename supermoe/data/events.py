@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from supermoe.config import FieldConfig
+from supermoe.data.sorting import in_portions
 from supermoe.data.sql import quote
 from supermoe.data.staging import Staged
 from supermoe.data.store import StoreWriter
@@ -64,15 +65,9 @@ def _stream(staged: Staged, vocabularies: Vocabularies) -> Iterator[pa.Table]:
         selected.append(f"{column} AS {quote(name)}")
     reader = staged.con.sql(f"SELECT {', '.join(selected)} FROM log").to_arrow_reader(BATCH_ROWS)
     with tqdm(total=staged.num_events, desc="encode events", unit="event", unit_scale=True, delay=2) as bar:
-        batches: list[pa.RecordBatch] = []
-        for batch in reader:
-            batches.append(batch)
-            bar.update(len(batch))
-            if sum(map(len, batches)) >= BATCH_ROWS:
-                yield pa.Table.from_batches(batches)
-                batches = []
-        if batches:
-            yield pa.Table.from_batches(batches)
+        for table in in_portions(reader, BATCH_ROWS):
+            yield table
+            bar.update(len(table))
 
 
 # --- encoders: one batch of an Arrow column -> the store's files ------------------------------------------------------
@@ -124,17 +119,18 @@ class _Duplicates:
 
     def __init__(self) -> None:
         self.count = 0
-        self._rest = [np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64)]
+        self._rest = [np.array([-1]), np.zeros(1, np.int64), np.zeros(1, np.uint64)]  # nobody
 
     def add(self, user: np.ndarray, time: np.ndarray, marks: np.ndarray) -> None:
         """Take the next rows; `marks` are hashes of whole rows. The last tie is kept, as it may go on in the next."""
-        user, time, marks = (np.concatenate(pair) for pair in zip(self._rest, (user, time, marks), strict=True))
-        first = np.append(True, (user[1:] != user[:-1]) | (time[1:] != time[:-1]))  # of each tie
-        tied = ~first | np.append(~first[1:], False)
-        tie = np.cumsum(first)[tied]
+        if (user[0], time[0]) == (self._rest[0][0], self._rest[1][0]):
+            user, time, marks = (np.concatenate(pair) for pair in zip(self._rest, (user, time, marks), strict=True))
+        begins = np.append(True, (user[1:] != user[:-1]) | (time[1:] != time[:-1]))  # a tie, of one row or more
+        tied = np.flatnonzero(~begins | np.append(~begins[1:], False))
+        tie = np.cumsum(begins[tied])
         order = np.lexsort((marks[tied], tie))
         tie, sorted_marks = tie[order], marks[tied][order]
         self.count += int(((tie[1:] == tie[:-1]) & (sorted_marks[1:] == sorted_marks[:-1])).sum())
-        last = int(np.flatnonzero(first)[-1])
+        last = len(begins) - 1 - int(np.argmax(begins[::-1]))
         kept = np.unique(marks[last:])
         self._rest = [np.full(len(kept), user[last]), np.full(len(kept), time[last]), kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from supermoe.config import FieldConfig
@@ -9,6 +10,7 @@ from supermoe.data.sql import FLOATS, INTEGERS, WIDE_INTEGERS, quote
 from supermoe.typed_yaml import UserError, nearest
 
 OWN_COLUMNS = ("user", "time", "file_order")  # of a source's events; all others are the log's own
+NOT_IN_PARQUET = re.compile(r"\b(U?HUGEINT|BIGNUM|BIT|INTERVAL|TIME WITH|UNION|VARIANT)\b")
 EMPTY = '"NULL"'  # type of a frame's column without any value
 
 
@@ -77,12 +79,17 @@ def _kind_of(type_name: str) -> Any:
 
 
 def stored_sql(column: str, type_name: str, field: FieldConfig | None) -> str:
-    """A column as the log keeps it: categories as BIGINT, DOUBLE, BOOLEAN or VARCHAR, which compare plainly."""
+    """A column as the log keeps it: categories as BIGINT, DOUBLE, BOOLEAN or VARCHAR, which compare plainly.
+
+    Other columns stay as they are, and as text where Parquet has no such type.
+    """
     name = quote(column)
     if type_name == EMPTY:
         return f"CAST({name} AS {'VARCHAR[]' if field and field.kind == 'categories' else 'VARCHAR'})"
     if field is None or field.kind == "number":
-        return name
+        if type_name in ("HUGEINT", "UHUGEINT"):
+            return f"CAST({name} AS DOUBLE)"
+        return f"CAST({name} AS VARCHAR)" if NOT_IN_PARQUET.search(type_name) else name
     item, brackets = (type_name[:-2], "[]") if type_name.endswith("[]") else (type_name, "")
     if item not in ("BIGINT", "DOUBLE", "BOOLEAN", "VARCHAR"):
         target = "BIGINT" if item in INTEGERS else "DOUBLE" if item in FLOATS else "VARCHAR"

@@ -40,7 +40,7 @@ def prepare(config: RunConfig, source: Any = None) -> Store:
             staged = staging.stage(con, source.attach(con), config.data, writer.scratch)
             labels = {name: task.label for name, task in tasks.items()}
             plan = build("supermoe.data.splits", config.data.splits).plan(con, labels)
-            vocabularies = vocab.fit(con, staged.fields, staged.num_events, plan.training_sql)
+            vocabularies = vocab.fit(con, staged.fields, plan.training_sql)
             vocabularies.save(writer.folder / "vocab")
             vocabularies.register(con)
             num_duplicates = write_events(staged, vocabularies, writer)

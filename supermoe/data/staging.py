@@ -1,19 +1,18 @@
 """The raw log, checked and sorted by (user, time, file order), as views on one DuckDB connection with bounded memory.
 
-The sort is DuckDB's external one, written to Parquet; nothing is ever gathered into lists, which could not spill.
+Sorting is DuckDB's (`supermoe/data/sorting.py`); nothing is ever gathered into lists, which could not spill.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import duckdb
-from tqdm import tqdm
 
 from supermoe.config import DataConfig, FieldConfig
 from supermoe.data.fields import OWN_COLUMNS, check_kind, choose_fields, stored_sql
+from supermoe.data.sorting import NUMBERING, sort_log
 from supermoe.data.sql import complaint, quote, text
 from supermoe.data.tables import SourceTables
 from supermoe.typed_yaml import UserError, format_instant, nearest
@@ -25,6 +24,7 @@ class Staged:
 
     log(user_row BIGINT, position BIGINT, time TIMESTAMP, event VARCHAR, <raw columns>, row BIGINT), in (user_row,
         position) order; `row` = first_row of the user + position is the event's row in the store's columns
+    log_sample: about 250,000 of these rows, for quantiles
     people(user_row BIGINT, "user" <own type>, first_row BIGINT, num_events BIGINT, <attributes>), one row per user, in
         user_row order, users without events included
     table_<name>(user_row BIGINT, time TIMESTAMP, <columns>)
@@ -58,25 +58,6 @@ def connect(memory_limit: str, threads: int | None, scratch: Path) -> duckdb.Duc
     if threads:
         con.execute(f"SET threads = {threads}")
     return con
-
-
-def execute_with_progress(con: duckdb.DuckDBPyConnection, sql: str, title: str) -> None:
-    """Run a long statement under a progress bar."""
-    done = threading.Event()
-
-    def watch() -> None:
-        with tqdm(total=100, desc=title, delay=2, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}") as bar:
-            while not done.wait(0.3):
-                bar.update(max(0.0, con.query_progress() - bar.n))
-            bar.update(100 - bar.n)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        con.execute(sql)
-    finally:
-        done.set()
-        watcher.join()
 
 
 def stage(con: duckdb.DuckDBPyConnection, source: SourceTables, config: DataConfig, scratch: Path) -> Staged:
@@ -122,7 +103,7 @@ def _stage(
 ) -> Staged:
     try:
         attributes = _make_people(con, source)
-        _sort(con, source.events, fields, event_types, scratch / "log.parquet")
+        _sort(con, source.events, fields, event_types, scratch)
     except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
         raise UserError(f"data.source: a file does not hold what its first rows promise: {complaint(error)}") from None
     for name, view in source.tables.items():
@@ -136,7 +117,7 @@ def _stage(
     return Staged(
         con=con,
         fields=fields,
-        column_types={name: kind for name, kind in _types(con, "log").items() if name not in _NUMBERING},
+        column_types={name: kind for name, kind in _types(con, "log").items() if name not in NUMBERING},
         attributes=attributes,
         tables=list(source.tables),
         event_types=event_types,
@@ -151,9 +132,6 @@ def _stage(
 def _event_types(con: duckdb.DuckDBPyConnection, events: str) -> dict[str, int]:
     counts = f"SELECT event, count(*) FROM {quote(events)} WHERE event IS NOT NULL GROUP BY event ORDER BY event"
     return dict(_rows(con, counts))
-
-
-_NUMBERING = ("user_row", "position", "time", "row")
 
 
 def _rows(con: duckdb.DuckDBPyConnection, sql: str) -> list[tuple]:
@@ -192,30 +170,19 @@ def _sort(
     events: str,
     fields: dict[str, FieldConfig],
     event_types: dict[str, int],
-    path: Path,
+    scratch: Path,
 ) -> None:
-    """Write the log in (user, time, file order) and make the view over it."""
+    """Make the views over the log in (user, time, file order)."""
     types = _types(con, events)
+    rows = f"FROM {quote(events)}"
     if "file_order" not in types:
-        events = f"(SELECT *, row_number() OVER () AS file_order FROM {quote(events)})"
-    columns = [name for name in types if name not in OWN_COLUMNS]
-    read = {name: stored_sql(name, types[name], fields.get(name)) for name in columns}
-    known_types = ", ".join(map(text, event_types)) or text("none")
-    read["event"] = f"CAST(event AS ENUM ({known_types}))"  # a byte to sort, not a text
-    listed = ", ".join(f"{sql} AS {quote(name)}" for name, sql in read.items())
-    names = ", ".join(map(quote, columns))
-    small = "UINTEGER" if sum(event_types.values()) < 2**32 else "UBIGINT"  # half the memory while sorting
-    people = f'SELECT user_row::{small} AS user_row, first_row::{small} AS first_row, "user" AS _person FROM people'
-    by_user = (
-        f'SELECT user_row, first_row, time, {listed}, file_order FROM {events} JOIN ({people}) ON "user" = _person'
-    )
-    selected = f"SELECT user_row::BIGINT AS user_row, first_row, time, {names} FROM ({by_user})"
-    # looking for a dictionary in columns of many values would cost a fifth of the sort
-    options = "FORMAT parquet, DICTIONARY_SIZE_LIMIT 5000"
-    execute_with_progress(
-        con, f"COPY ({selected} ORDER BY user_row, time, file_order) TO {text(str(path))} ({options})", "sort the log"
-    )
-    con.execute(
-        f"CREATE OR REPLACE VIEW log AS SELECT user_row, file_row_number - first_row AS position, time, {names}, "
-        f"file_row_number AS row FROM read_parquet({text(str(path))})"
-    )
+        rows = f"SELECT *, row_number() OVER () AS file_order {rows}"
+    columns = {name: stored_sql(name, types[name], fields.get(name)) for name in types if name not in OWN_COLUMNS}
+    num_events = _rows(con, "SELECT sum(num_events) FROM people")[0][0]
+    constants = dict(zip(["event"], event_types, strict=False)) if [*event_types.values()] == [num_events] else {}
+    if constants:
+        del columns["event"]
+    else:
+        known_types = ", ".join(map(text, event_types)) or text("none")
+        columns["event"] = f"CAST(event AS ENUM ({known_types}))"  # a byte to sort, not a text
+    sort_log(con, rows, columns, constants, types["user"], scratch)

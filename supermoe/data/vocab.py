@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import duckdb
@@ -18,7 +19,9 @@ from supermoe.data.schema import FIRST_ID, PADDING, UNKNOWN
 from supermoe.data.sql import quote
 
 NUM_KNOTS = 65
-SAMPLE_ROWS = 250_000  # knots of longer columns come from so many rows; each is off by 0.1 % of the rows
+MAX_TABLE = 2**22  # rows of a table from whole numbers to ids
+COUNTED_BITS = 20  # whole numbers over a smaller range are counted in an array
+COLUMNS_AT_ONCE = 32  # of the sample that knots are fitted on
 FEATURES = "features.parquet"
 REMEDY = "prepare the store again, or copy the whole model folder again"
 
@@ -51,9 +54,40 @@ class Vocabulary:
             return pc.fill_null(values, PADDING).to_numpy(zero_copy_only=False).astype(np.int32)
         if pa.types.is_null(values.type):
             return np.zeros(len(values), np.int32)
+        if values.type == pa.int64() and self._id_table is not None:
+            return self._look_up(values)
         rows = pc.index_in(_cast(values, self.values.type), value_set=self.values)
         ids = pc.add(pc.fill_null(rows, UNKNOWN - FIRST_ID), FIRST_ID).to_numpy(zero_copy_only=False)
         return np.where(values.is_null().to_numpy(zero_copy_only=False), PADDING, ids).astype(np.int32)
+
+    @cached_property
+    def _id_table(self) -> np.ndarray | None:
+        """Whole numbers that lie close: ids of all from the smallest on, then unknown, absent. No hashing."""
+        if self.values is None or self.values.type != pa.int64() or not len(self.values):
+            return None
+        values = self.values.to_numpy()
+        if int(values.max()) - int(values.min()) > MAX_TABLE or values.max() > 2**62:
+            return None
+        offsets = values - self._smallest
+        table = np.full(offsets.max() + 3, UNKNOWN, np.int32)
+        table[offsets] = np.arange(FIRST_ID, self.size)
+        table[-1] = PADDING
+        return table
+
+    @cached_property
+    def _smallest(self) -> np.int64:
+        assert self.values is not None
+        return self.values.to_numpy().min()
+
+    def _look_up(self, values: pa.ChunkedArray) -> np.ndarray:
+        assert self._id_table is not None
+        numbers = pc.fill_null(values, 0).to_numpy()
+        beyond = len(self._id_table) - 2
+        # below the smallest wraps around to huge
+        rows = np.minimum((numbers - self._smallest).view(np.uint64), np.uint64(beyond))
+        if values.null_count:
+            rows[values.is_null().to_numpy(zero_copy_only=False)] = beyond + 1
+        return self._id_table[rows.view(np.int64)]
 
     def register(self, con: duckdb.DuckDBPyConnection) -> None:
         """Create the table vocab_<name>(value, id INTEGER) that `lookup_sql` joins with."""
@@ -119,18 +153,21 @@ def _convert(value: pa.Scalar, target: pa.DataType) -> pa.Scalar | None:
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def fit(
-    con: duckdb.DuckDBPyConnection, fields: Mapping[str, FieldConfig], num_events: int, training_sql: str
-) -> Vocabularies:
-    """Fit all fields on the rows of the view `log` for which `training_sql` holds, with DuckDB's bounded memory."""
+def fit(con: duckdb.DuckDBPyConnection, fields: Mapping[str, FieldConfig], training_sql: str) -> Vocabularies:
+    """Fit all fields on the rows of the view `log` for which `training_sql` holds, with DuckDB's bounded memory.
+
+    Knots come from those of these rows that are in `log_sample`.
+    """
     categories = {}
+    con.execute(f"SET perfect_ht_threshold = {COUNTED_BITS}")
     for name, config in fields.items():
         if config.kind != "number" and config.hash_size is not None:
             categories[name] = Vocabulary(name, hash_size=config.hash_size)
         elif config.kind != "number":
             categories[name] = _fit_values(con, name, config, training_sql)
+    con.execute("RESET perfect_ht_threshold")
     numbers = [name for name, config in fields.items() if config.kind == "number"]
-    return Vocabularies(categories, _fit_knots(con, numbers, num_events, training_sql))
+    return Vocabularies(categories, _fit_knots(con, numbers, training_sql))
 
 
 def _fit_values(con: duckdb.DuckDBPyConnection, name: str, config: FieldConfig, training_sql: str) -> Vocabulary:
@@ -145,17 +182,14 @@ def _fit_values(con: duckdb.DuckDBPyConnection, name: str, config: FieldConfig, 
     return Vocabulary(name, values, table["count"].to_numpy())
 
 
-def _fit_knots(
-    con: duckdb.DuckDBPyConnection, names: list[str], num_events: int, training_sql: str
-) -> dict[str, np.ndarray]:
-    """Knots from at most about `SAMPLE_ROWS` rows, chosen by a fixed scrambling of the row number."""
-    if not names:
-        return {}
-    share = min(1.0, SAMPLE_ROWS / max(num_events, 1))
-    sample = f"(row * 2654435761) % 4294967296 < {int(share * 4294967296)}"
-    listed = ", ".join(f"CAST({quote(name)} AS DOUBLE) AS {quote(name)}" for name in names)
-    columns = con.sql(f"SELECT {listed} FROM log WHERE ({training_sql}) AND {sample}").to_arrow_table()
-    return {name: quantile_knots(columns[name].to_numpy()) for name in names}
+def _fit_knots(con: duckdb.DuckDBPyConnection, names: list[str], training_sql: str) -> dict[str, np.ndarray]:
+    knots = {}
+    for first in range(0, len(names), COLUMNS_AT_ONCE):
+        some = names[first : first + COLUMNS_AT_ONCE]
+        listed = ", ".join(f"CAST({quote(name)} AS DOUBLE) AS {quote(name)}" for name in some)
+        columns = con.sql(f"SELECT {listed} FROM log_sample AS log WHERE {training_sql}").to_arrow_table()
+        knots |= {name: quantile_knots(columns[name].to_numpy()) for name in some}
+    return knots
 
 
 def quantile_knots(values: np.ndarray, size: int = NUM_KNOTS) -> np.ndarray:
