@@ -47,7 +47,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
 @pytest.mark.timeout(240)  # the fixture starts six processes
 @pytest.mark.parametrize("training", TRAININGS)
 def test_many_ranks_train_as_one(folder: Path, training: str) -> None:
-    """Weights, their average, both moments of AdamW (so every clipped gradient), losses, norms, metrics, best weights."""
+    """Weights, average, moments of AdamW (so every clipped gradient), losses, norms, metrics, best weights."""
     mixture = training.split("_")[-1]
     alone, found = torch.load(folder / f"alone_{mixture}"), torch.load(folder / training)
     assert_same(found["outcome"], alone["outcome"], TOLERANCE[mixture])

@@ -1,7 +1,7 @@
-"""Who takes part: the ranks that torchrun started, as a mesh of (data, expert), what they agree on, and who is missing.
+"""Who takes part: the ranks that torchrun started, as a mesh of (data, expert), what they agree on, who is missing.
 
-`start` is entered once per command. Without torchrun it gives a world of one rank, in which everything below is trivial:
-no code asks whether it is distributed.
+`start` is entered once per command. Without torchrun it gives a world of one rank, in which everything below is
+trivial: no code asks whether it is distributed.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class World:
     def watch(self, doing: Callable[[], str]) -> Iterator[None]:
         """Around collectives: where one fails or runs into the timeout, find out and tell which ranks are missing.
 
-        `doing` says at what, such as 'step 12'. A rank that hangs elsewhere never comes here; all others fail, and answer.
+        `doing` says at what, such as 'step 12'. A rank that hangs elsewhere never comes here; all others fail, and
+        answer.
         """
         try:
             yield

@@ -1,13 +1,14 @@
 """Parallelism applied from outside, in one order: experts, then the dense weights. The model does not know of it.
 
-Sharded rows (experts, tables) are left out of the dense strategy: ranks hold different ones. Gradients come out averaged
-over all ranks everywhere, as the objective expects.
+Sharded rows (experts, tables) are left out of the dense strategy: ranks hold different ones. Gradients come out
+averaged over all ranks everywhere, as the objective expects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,7 +91,7 @@ class Parallel:
             from fairscale.optim.oss import OSS
         except ImportError:
             raise UserError(
-                "distributed.strategy: fairscale needs the extra, pip install 'supermoe[fairscale]'; or use ddp or fsdp2"
+                "distributed.strategy: fairscale needs the extra, pip install 'supermoe[fairscale]'; or use ddp, fsdp2"
             ) from None
         return lambda groups, **defaults: OSS(groups, optim=cls, **defaults)
 
@@ -105,14 +106,11 @@ class Parallel:
 
     def reduce_experts(self, model: nn.Module) -> None:
         """Average the gradients of experts: each is the sum over the tokens of its mesh's ranks so far."""
+        layers = [module for module in model.modules() if isinstance(module, ExpertParallelMoE)]
         works = []
-        for layer in model.modules():
-            if isinstance(layer, ExpertParallelMoE):
-                for param in layer.experts.parameters():
-                    assert param.grad is not None and self.world.mesh is not None
-                    param.grad /= self.world.size
-                    group = self.world.mesh["data"].get_group()
-                    works.append(dist.all_reduce(param.grad, group=group, async_op=True))
+        for grad in [param.grad for layer in layers for param in layer.experts.parameters()]:
+            group = self.world.mesh["data"].get_group()  # type: ignore[index]  # experts are sharded on a mesh only
+            works.append(dist.all_reduce(grad.div_(self.world.size), group=group, async_op=True))
         for work in works:
             work.wait()
 

@@ -85,7 +85,7 @@ def shard_parameter(module: nn.Module, name: str, shard: RowShard) -> None:
 
 
 def save_state_whole(optimizer: torch.optim.Optimizer) -> None:
-    """Let `state_dict()` of an optimiser hold the state of sharded rows as DTensors, and `load_state_dict` take them."""
+    """Let `state_dict()` of an optimiser hold states of sharded rows as DTensors, and `load_state_dict` take them."""
     optimizer.register_state_dict_post_hook(lambda o, state: {**state, "state": _map_state(o, state, "as_global")})
     optimizer.register_load_state_dict_pre_hook(lambda o, state: {**state, "state": _map_state(o, state, "as_local")})
 

@@ -29,7 +29,7 @@ from supermoe.training.evaluation import Evaluation, evaluate
 from supermoe.training.router_health import EVENT
 from supermoe.training.seeding import seed_everything
 from supermoe.training.sharded_weights import load_weights
-from supermoe.training.trainer import REMEDY, Trainer
+from supermoe.training.trainer import RETRAIN, Trainer
 from supermoe.training.warm_start import warm_start
 from supermoe.typed_yaml import UserError, build
 
@@ -79,7 +79,7 @@ class Run:
     def best_model(self) -> SuperMoE:
         """The best weights in a model of its own on the CPU, which no rank shares."""
         model = SuperMoE(self.store.schema, self.config.model, self.heads)
-        load_weights(model, self.trainer.best, REMEDY.format(self.trainer.best.parent))
+        load_weights(model, self.trainer.best, RETRAIN.format(self.trainer.best.parent))
         return model.eval()
 
 

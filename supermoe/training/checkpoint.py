@@ -50,9 +50,9 @@ FREE_KEYS = (
 class Checkpoints:
     """The checkpoints of one run, `step_<n>` folders under `folder`; the last `keep` stay.
 
-    All ranks of the `world` write their parts of one checkpoint, in the background: `save` takes a copy and returns, and
-    what went wrong is told by the next `save` or `wait`, to all ranks alike. `identity` is the run's resolved config as
-    plain data, plus whatever else must not change within a run.
+    All ranks of the `world` write their parts of one checkpoint, in the background: `save` takes a copy and returns,
+    and what went wrong is told by the next `save` or `wait`, to all ranks alike. `identity` is the run's resolved
+    config as plain data, plus whatever else must not change within a run.
     """
 
     def __init__(self, folder: Path, keep: int, identity: dict[str, Any], world: World | None = None):

@@ -37,7 +37,7 @@ from supermoe.training.seeding import seed_everything
 from supermoe.training.sharded_weights import load_weights, save_weights
 
 BEST = "best.safetensors"
-REMEDY = "delete {} and run supermoe.train again, which trains from the beginning"
+RETRAIN = "delete {} and run supermoe.train again, which trains from the beginning"
 
 
 class MicroBatch(nn.Module):
@@ -66,6 +66,8 @@ class Trainer:
         identity: what must not change between two starts of one run: the resolved config and the store's fingerprint.
         seed: of the random numbers.
         until: share of the schedule after which training ends.
+        replay: `progress["evaluations"]` of another run, which the balancer hears again at the same shares of the
+            schedule, in place of evaluations of this one.
         event_names: of the ids of the field `event`, for the router's statistics.
         parallel: the ranks that share the work; the model is spread over them here.
     """
@@ -82,11 +84,13 @@ class Trainer:
         identity: dict[str, Any],
         seed: int = 0,
         until: float = 1.0,
+        replay: list[Any] | None = None,
         event_names: list[str] | None = None,
         parallel: Parallel | None = None,
     ):
         self.model, self.objective, self.config, self.folder = model, objective, config, folder
         self.train, self.seed, self.until, self.event_names = train, seed, until, event_names
+        self.replay = replay
         self.valid = valid if valid is not None and len(valid) else None
         self.device = next(model.parameters()).device
         self.parallel = parallel or Parallel()
@@ -95,7 +99,7 @@ class Trainer:
         self.average = average_weights(model, config.ema) if config.ema else None
         self._micro_batch = self.parallel.wrap(MicroBatch(model, objective), self.average and self.average.module)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, identity, self.world)
-        if self.valid is None and objective.balancer.validates:
+        if self.valid is None and replay is None and objective.balancer.validates:
             warnings.warn(
                 f"loss.balancer={objective.balancer.config.type} follows what evaluations find, and there is no "
                 f"validation split: its weights stay as they start",
@@ -104,6 +108,7 @@ class Trainer:
         self.step = 0
         self.progress: dict[str, Any] = {"best_step": None, "best_share": 1.0, "best_gain": None, "unimproved": 0}
         self.progress |= {"minutes": 0.0, "finished": False}
+        self.progress |= {"evaluations": [], "replayed": 0}  # [share of the schedule, gains by task] each
         self._take_steps_of(config.accumulate or self.world.size)
         self._terminated = False
 
@@ -148,6 +153,7 @@ class Trainer:
             minutes, terminated = self.world.max((time.monotonic() - started) / 60, self._terminated)
             self.progress["minutes"] = minutes
             self.progress["finished"] = self._is_over()
+            self._replay()
             if self._evaluation_is_due():
                 self._evaluate(log)
             elif self.progress["finished"]:  # there is nothing to select on
@@ -184,7 +190,7 @@ class Trainer:
 
     def load_best(self) -> Any:
         """The model with the weights of the best evaluation, in evaluation mode; `UserError` if they are damaged."""
-        load_weights(self.evaluated_model(), self.best, REMEDY.format(self.best.parent))
+        load_weights(self.evaluated_model(), self.best, RETRAIN.format(self.best.parent))
         return self.evaluated_model().eval()
 
     @property
@@ -269,6 +275,14 @@ class Trainer:
         every = self.config.evaluate_every or self.steps_per_epoch
         return self.valid is not None and (self.progress["finished"] or self.step % every == 0)
 
+    def _replay(self) -> None:
+        """Tell the balancer what another run's evaluations found up to here."""
+        heard = self.progress["replayed"]
+        due = [gains for share, gains in (self.replay or [])[heard:] if share <= self._share_done(self.step)]
+        for gains in due:
+            self.objective.observe(gains)
+        self.progress["replayed"] = heard + len(due)
+
     def _evaluate(self, log: MetricsLog) -> None:
         """Measure on the validation split, keep the weights if they are the best, and stop when patience ends."""
         assert self.valid is not None
@@ -276,7 +290,9 @@ class Trainer:
         with self.parallel.whole():
             model, tasks = self.evaluated_model(), self.objective.tasks
             found = evaluate(model, tasks, self.valid, "valid", self.event_names, bf16, self.world)
-        self.objective.observe(found.gains)
+        gains = {name: gain for name, gain in found.gains.items() if np.isfinite(gain)}  # as JSON keeps them
+        self.progress["evaluations"].append([self._share_done(self.step), gains])
+        self.objective.observe(gains)
         best, gain = self.progress["best_gain"], found.selection
         if np.isnan(gain):
             warnings.warn(
