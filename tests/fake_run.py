@@ -143,19 +143,26 @@ def make_objective(balancer: str = "equal", **options: Any) -> Objective:
 
 
 def make_trainer(
-    folder: Path, train: FakeBatches | None = None, seed: int = 0, identity: Any = None, **options: Any
+    folder: Path,
+    train: FakeBatches | None = None,
+    seed: int = 0,
+    identity: Any = None,
+    balancer: dict[str, Any] | None = None,
+    replay: list[Any] | None = None,
+    **options: Any,
 ) -> Trainer:
-    """A trainer over five training batches and two for validation."""
-    objective = make_objective()
+    """A trainer over five training batches and two for validation, or none where it replays evaluations."""
+    objective = make_objective(**(balancer or {}))
     model = make_model(objective.tasks, objective.pretraining, seed)
     config = TrainingConfig(**{"epochs": 3, "checkpoint_every": 4, "lr": 3e-3, **options})
     return Trainer(
         model,
         objective,
         train or FakeBatches(5),
-        FakeBatches(2, first_seed=50),
+        None if replay is not None else FakeBatches(2, first_seed=50),
         config,
         folder=folder,
+        replay=replay,
         identity=identity or {"seed": seed},
     )
 

@@ -7,16 +7,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fake_run import FakeBatches, make_run_batch, make_trainer, weights
+from fake_run import FakeBatches, make_model, make_objective, make_run_batch, make_trainer, weights
 
+from supermoe.config import TrainingConfig
 from supermoe.data.batch import Batch
 from supermoe.objectives.objective import NonFiniteLoss
 from supermoe.training.metrics import read_metrics
-from supermoe.training.trainer import BEST
+from supermoe.training.trainer import BEST, Trainer
 from supermoe.typed_yaml import UserError
 
 
@@ -62,6 +64,46 @@ def test_a_killed_run_ends_with_the_same_weights(whole, tmp_path: Path, killed_a
     resumed = finish(tmp_path, **OPTIONS)
     assert all(same(a, b) for a, b in zip(whole[1], outcome(resumed), strict=True))
     assert read_metrics(tmp_path) == read_metrics(whole[0])
+
+
+@pytest.mark.parametrize("kind", ["gradnorm", "famo", "pcgrad", "seesaw"])
+def test_a_balancer_continues_where_it_was(tmp_path: Path, kind: str) -> None:
+    """One of each kind: gradients' norms, a second look at the batches, an aggregator, evaluations."""
+    if kind == "pcgrad":
+        pytest.importorskip("torchjd", reason="the extra `torchjd` is not installed")
+    options: dict[str, Any] = {"balancer": {"balancer": kind}, "max_steps": 5, "checkpoint_every": 2}
+    options |= {"evaluate_every": 2, "ema": None}
+    if kind == "seesaw":
+        options["balancer"] |= {"every": 2, "temperature": 1e-3, "follow": ["churn", "age"]}
+    whole = finish(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        finish(tmp_path / "killed", train=FakeBatches(5, fail_at=3), **options)
+    resumed = finish(tmp_path / "killed", **options)
+    assert same(weights(whole.model), weights(resumed.model))
+    assert same(weights(whole.objective.balancer), weights(resumed.objective.balancer))
+    assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "whole")
+    rows = [row for row in read_metrics(tmp_path / "whole") if row["kind"] == "train"]
+    assert len({str((row["weight"], row.get("share"))) for row in rows}) > 1  # what was resumed had moved
+
+
+def test_a_replay_tells_the_balancer_what_the_evaluations_of_another_run_found(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"balancer": {"balancer": "seesaw", "stop": False, "project": False}, "max_steps": 4}
+    first = finish(tmp_path / "first", evaluate_every=2, **options)
+    (half, gains), (end, _) = first.progress["evaluations"]
+    assert (half, end) == (0.5, 1.0)
+    again = finish(tmp_path / "again", replay=first.progress["evaluations"], **options)
+    assert gains.keys() == again.objective.tasks.keys()
+    assert torch.equal(again.objective.balancer.weight_T, first.objective.balancer.weight_T)
+    assert [row["weight"] for row in read_metrics(tmp_path / "again")] == [
+        row["weight"] for row in read_metrics(tmp_path / "first") if row["kind"] == "train"
+    ]
+
+
+def test_a_balancer_that_needs_evaluations_says_when_there_are_none(tmp_path: Path) -> None:
+    objective = make_objective("seesaw")
+    model, config = make_model(objective.tasks, objective.pretraining), TrainingConfig(epochs=1)
+    with pytest.warns(UserWarning, match="there is no validation split: its weights stay as they start"):
+        Trainer(model, objective, FakeBatches(5), None, config, folder=tmp_path, identity={})
 
 
 class Deadly(FakeBatches):

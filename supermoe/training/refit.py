@@ -16,5 +16,6 @@ def build_refit(run: Run) -> Run:
     told = {name: task.config for name, task in run.tasks.items()}
     attributes = [name for name, task in told.items() if task.label.attribute is not None and task.eligible is None]
     store = MergedStore(run.store, attributes)
-    folder, until = run.config.run / FOLDER, run.trainer.progress["best_share"]
-    return build_run(run.config, store, folder=folder, until=until, world=run.trainer.world)
+    folder, progress = run.config.run / FOLDER, run.trainer.progress
+    told_again = {"until": progress["best_share"], "replay": progress["evaluations"]}
+    return build_run(run.config, store, folder=folder, world=run.trainer.world, **told_again)
