@@ -54,6 +54,16 @@ def test_another_seed_is_another_model(config: RunConfig, store: Store) -> None:
     assert not torch.equal(a, b)
 
 
+def test_a_task_whose_training_labels_are_all_equal_is_named(
+    config: RunConfig, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(store.labels, "churn", np.ones(len(store.examples.split), np.float32))
+    reason = r"tasks\.churn: in training all \d+ labels are 1, so there is nothing to learn: .*tasks\.churn=null"
+    with pytest.warns(UserWarning, match=reason):
+        task = build_tasks(config, store)["churn"]
+    assert 0 < task.prior_loss < 0.1
+
+
 def test_a_balancer_of_unknown_tasks_is_refused(config: RunConfig, store: Store) -> None:
     raw = config.model_dump(mode="json")
     raw["loss"]["balancer"] = {"type": "fixed", "weights": {"chrun": 2.0}}

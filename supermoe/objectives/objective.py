@@ -143,8 +143,9 @@ class Objective:
         return dict(zip(self.names, loss_T.tolist(), strict=True))
 
     def observe(self, gains: dict[str, float]) -> None:
-        """Tell the balancer what an evaluation on the validation split found: gain over the prior by task."""
-        self.balancer.observe(torch.tensor([gains[name] for name in self.tasks], dtype=torch.float64))
+        """Tell the balancer what an evaluation on the validation split found: gains over the prior, where defined."""
+        gain_T = [gains.get(name, torch.nan) for name in self.tasks]
+        self.balancer.observe(torch.tensor(gain_T, dtype=torch.float64))
 
     def _router_losses(self, output: Any, batch: Batch, tokens: dict[str, float]) -> Tensor | float:
         """This micro-batch's part of the routers' losses, which are means over its tokens."""
