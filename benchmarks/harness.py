@@ -9,6 +9,7 @@ own.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -162,7 +163,7 @@ def write(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
         "date": time.strftime("%Y-%m-%d"),
         "hardware": _hardware(),
         "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in ("torch", "numpy", "duckdb")},
+        "versions": _versions("torch", "numpy", "duckdb", "triton"),
         "settings": settings,
         "rows": rows,
     }
@@ -172,10 +173,21 @@ def write(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
     return path
 
 
+def _versions(*packages: str) -> dict[str, str]:
+    """Those that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def _hardware() -> str:
     model = [line.split(":", 1)[1].strip() for line in _output(["lscpu"]).splitlines() if line.startswith("Model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB"
+    gpus = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
+    machine = f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB"
+    return ", ".join([machine, *gpus])
 
 
 def _output(command: list[str]) -> str:
