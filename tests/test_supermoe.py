@@ -152,13 +152,13 @@ def test_nothing_at_all_is_fine_in_training_too() -> None:
     assert not model.encoder.blocks[0].attention.qkv.weight.grad.any()
 
 
-def test_features_reach_the_user_and_every_task_through_its_gate() -> None:
+def test_features_reach_every_question_through_its_gate() -> None:
     model, batch = make_model(), make_batch()
     with torch.no_grad():
         model.indicators.questions["churn"].gate_D.zero_()
     changed = dataclasses.replace(batch, features_BP=(1 - batch.features_BP).nan_to_num(0.3))
     before, after = model(batch), model(changed)
-    own = {task: (after.task_BX[task] != before.task_BX[task])[:, 16:].any(1).all() for task in before.task_BX}
+    own = {task: (after.task_BX[task] != before.task_BX[task])[:, 16:32].any(1).all() for task in before.task_BX}
     assert own == {"churn": False, "type": True, "next_type": True}
     assert (after.user_BD != before.user_BD).any(1).all()
 

@@ -16,6 +16,8 @@ from supermoe.data.schema import FIRST_ID
 from supermoe.model.embedding import Table
 from supermoe.model.packed import read_of_events
 
+DIRECT_PRIOR = 150.0  # users' worth of evidence that a direct input must overcome to leave zero
+READ_PRIOR = 10_000.0  # labelled users that make what was learnt as trustworthy as the fixed direct inputs
 PRIOR_COUNTS = 60.0  # counts that a field head's prior is worth beside a user's own
 
 
@@ -111,9 +113,15 @@ class LinearHead(nn.Module):
             logits_BC = logits_BC + F.linear(direct_BX, self.direct_CX)
         return logits_BC if self.copy is None else logits_BC + self.copy(x_BX, batch)
 
-    def penalty(self) -> Tensor | float:
-        """Sum of squares of the weights of a head with direct inputs -> scalar; 0 for others, which AdamW decays."""
-        return 0.0 if self.direct_CX is None else self.direct_CX.square().sum() + self.weight.square().sum()
+    def penalty(self, num_users: int) -> Tensor | float:
+        """Gaussian prior on the weights of a head with direct inputs, per labelled user -> scalar; 0 for other heads.
+
+        Read-outs of a network that a few hundred labels trained fit these labels in any case, hence their stronger one.
+        """
+        if self.direct_CX is None:
+            return 0.0
+        doubt = 1 + READ_PRIOR / num_users
+        return DIRECT_PRIOR / num_users * (self.direct_CX.square().sum() + doubt * self.weight.square().sum())
 
 
 class FieldHead(nn.Module):
@@ -167,7 +175,7 @@ class FieldHead(nn.Module):
         logits_BV = F.linear(self.project(x_BX), *self.table())
         return logits_BV if self.copy is None else logits_BV + self.copy(x_BX, batch)
 
-    def penalty(self) -> float:
+    def penalty(self, num_users: int) -> float:
         """See `LinearHead.penalty`."""
         return 0.0
 

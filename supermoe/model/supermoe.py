@@ -74,13 +74,15 @@ class SuperMoE(nn.Module):
         """Ask every question about the batch's examples, of which `visible_B` counts the events known to `history`."""
         end_B = history.offsets_S[batch.read_B] + batch.visible_B
         last_B = torch.cat([history.time_J.new_zeros(1), history.time_J])[end_B]
-        x_QBD, direct_BX = self.indicators(batch, last_B, batch.visible_B > 0)
+        x_QBD, features = self.indicators(batch, last_B, batch.visible_B > 0)
         num_questions = len(x_QBD)
         where = [per_B.repeat(num_questions) for per_B in (batch.read_B, batch.visible_B, batch.cut_B)]
         answer_MD, routings = self.encoder.ask(history, x_QBD.flatten(0, 1), *where)
         user_BD, *own = answer_MD.view_as(x_QBD).unbind(0)
         task_BX = self.readout(user_BD, dict(zip(self.readout.questions, own, strict=True)))
-        task_BX |= {name: torch.cat([task_BX[name], direct_BX], dim=1) for name in self.direct}
+        for name, read_BX in task_BX.items():
+            beside_BX = features.direct_BX if name in self.direct else features.hidden_BF
+            task_BX[name] = torch.cat([read_BX, beside_BX], dim=1)
         return Output(history.event_ND, user_BD, task_BX, history.routings + routings, list(self.indicators.questions))
 
     def num_parameters(self, active: bool = False) -> int:
@@ -98,8 +100,12 @@ class SuperMoE(nn.Module):
         return [module.router for module in self.modules() if isinstance(module, MoE)]
 
     def _head(self, spec: HeadSpec, schema: Schema) -> nn.Module:
-        width = self.readout.width if spec.reads == "example" else self.config.dim
-        bags = [name for name, bag in schema.bags.items() if bag.field == spec.field and spec.reads == "example"]
+        if spec.reads == "event":
+            width, bags = self.config.dim, []
+        else:
+            features = self.indicators.features
+            width = self.readout.width + (0 if spec.direct else features.hidden_dim)
+            bags = [name for name, bag in schema.bags.items() if bag.field == spec.field]
         if spec.kind == "linear":
             direct_dim = self.indicators.features.direct_dim if spec.direct else 0
             return LinearHead(width, spec.size, bags, self.config.head_dropout, spec.ids, direct_dim)
