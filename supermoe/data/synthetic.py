@@ -4,21 +4,21 @@ A user's latent interest on four axes drifts from month to month and decides whi
 Labels depend on what can be seen of it before the cut, and on chance:
 
     s_k  interest on axis k: log((n_k+ + 1/2) / (n_k- + 1/2)) / SPREAD, of events of the topics k+ and k- in 56 days
-    e    resolve: the same log-ratio of buys and carts
-    g    absence: ln(1 + days since the last event) - 1.5
+    e    resolve: the same log-ratio of buys and carts, + 0.5
+    g    absence: ln(1 + days since the last event) - 1.8
 
 | task    | law                                              | training examples asked |
 |---------|--------------------------------------------------|-------------------------|
 | click   | logit 1.2 s_0 + 0.8 s_1                          | all                     |
 | leave   | logit -1.2 s_0 + 0.8 s_1                         | all                     |
 | spend   | 5,000 + 2,000 s_0 s_1 + 2,000 N(0, 1)            | all                     |
-| upgrade | logit -2 s_0 s_1                                 | 6 %                     |
+| upgrade | logit -2 s_0 s_1                                 | 10 %                    |
 | segment | four classes, logits 1.5 (s_2, -s_2, s_3, -s_3)  | 25 %                    |
-| back    | logit 1.5 e - 1.5 g                              | 50 %                    |
+| back    | logit -3 e g                                     | 50 %                    |
 
 `click` and `leave` pull along one axis in opposite directions, `spend` and `upgrade` along a product of two that the
-linear tasks have no use for, `segment` needs the axes that all others ignore, `back` event types and time gaps.
-Given the history, the expected label is known: no model can do better.
+linear tasks have no use for, `segment` needs the axes that all others ignore, `back` a product of event types and time
+gaps. Given the history, the expected label is known: no model can do better.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ NUM_TRAINING_CUTS = 3
 EVENTS = np.array(["view", "cart", "buy"])
 NUM_AXES = 4
 SPREAD = 1.3  # of the log-ratios, so that the s_k have a deviation of about 1
-ASKED = {"click": 1.0, "leave": 1.0, "spend": 1.0, "upgrade": 0.06, "segment": 0.25, "back": 0.5}
+ASKED = {"click": 1.0, "leave": 1.0, "spend": 1.0, "upgrade": 0.1, "segment": 0.25, "back": 0.5}
 SEGMENTS = np.array(["a", "b", "c", "d"])
 MANIFEST = "simulation.json"
 
@@ -136,13 +136,14 @@ def observe(user: NDArray, time: NDArray, topic: NDArray, event: NDArray, num_us
         before = time < cut
         last = np.full(num_users, START)
         np.maximum.at(last, user[before], time[before])
-        absence.append(np.log1p((cut - last) / DAY) - 1.5)
+        absence.append(np.log1p((cut - last) / DAY) - 1.8)
         inside = before & (time >= cut - 2 * MONTH)
         topics.append(_counts(user[inside], topic[inside], num_users, 2 * NUM_AXES))
         types.append(_counts(user[inside], event[inside], num_users, len(EVENTS)))
     topics_n, types_n = (np.stack(counts, axis=1).reshape(num_users * len(CUTS), -1) for counts in (topics, types))
     interests = _log_ratio(topics_n[:, 0::2], topics_n[:, 1::2])
-    return interests, _log_ratio(types_n[:, 2], types_n[:, 1]), np.stack(absence, axis=1).ravel()
+    resolve = _log_ratio(types_n[:, 2], types_n[:, 1]) + 0.5
+    return interests, resolve, np.stack(absence, axis=1).ravel()
 
 
 def _counts(user: NDArray, value: NDArray, num_users: int, num_values: int) -> NDArray:
@@ -161,7 +162,7 @@ def expected_labels(interests: Array, resolve: Array, absence: Array) -> dict[st
         "spend": 5000 + 2000 * s0 * s1,
         "upgrade": _sigmoid(-2 * s0 * s1),
         "segment": np.exp(by_class) / np.exp(by_class).sum(axis=1, keepdims=True),
-        "back": _sigmoid(1.5 * resolve - 1.5 * absence),
+        "back": _sigmoid(-3 * resolve * absence),
     }
 
 
