@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -158,7 +159,7 @@ def write(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
     """Save rows with what they were measured on -> benchmarks/results/<name>.json."""
     result = {
         "benchmark": name,
-        "command": [Path(sys.argv[0]).name, *("PATH" if Path(word).is_absolute() else word for word in sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *map(public, sys.argv[1:])],
         "commit": _output(["git", "rev-parse", "--short", "HEAD"]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": _hardware(),
@@ -180,6 +181,11 @@ def _versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def public(word: str) -> str:
+    """A word of a command line, with PATH for an absolute path, also behind `key=`."""
+    return re.sub(r"^([\w.]+=)?/.*", r"\1PATH", word)
 
 
 def _hardware() -> str:

@@ -42,9 +42,12 @@ SEESAW = {"methods": method_rows, "metrics": metric_rows, "gains": gain_rows, "o
 
 
 def render(name: str) -> str:
-    """The table in Markdown: of benchmarks/results/<name>.json, or a part of a seesaw study's."""
+    """The table in Markdown: of benchmarks/results/<name>.json, or a part of a seesaw study's that was carried out."""
     file, _, part = name.partition("__")
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    path = ROOT / "benchmarks" / "results" / f"{file}.json"
+    if part and not path.exists():
+        return f"*No row yet in `benchmarks/results/{path.name}`.*"
+    result = json.loads(path.read_text(encoding="utf-8"))
     lines = SEESAW[part](result["rows"][0]) if part else TABLES[name](result)
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])

@@ -26,6 +26,7 @@ def main() -> None:
     result = json.loads((out / "seesaw.json").read_text(encoding="utf-8"))
     for method in result["methods"].values():
         del method["weights"]
+    result["overrides"] = [harness.public(word) for word in result["overrides"]]
     print(harness.write(f"seesaw_{name}", [result]))
 
 

@@ -98,7 +98,8 @@ def method_configs(request: Request, base: RunConfig) -> dict[str, RunConfig]:
             raise UserError(f"--methods: unknown method '{name}', {nearest(name, known)}")
         try:
             config = load_run(request.config, [*request.overrides, *_overrides(name, request, base)])
-            build("supermoe.objectives.balancers", config.loss.balancer, names=list(config.tasks))
+            if name not in request.variants:  # whose reference may be what this study writes
+                build("supermoe.objectives.balancers", config.loss.balancer, names=list(config.tasks))
             found[name] = config
         except UserError as error:
             if request.methods or name in request.variants or name == own_method(base):
