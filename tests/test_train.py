@@ -8,16 +8,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import tiny
-import torch
-from safetensors.torch import load_file
 
-from supermoe.config import RunConfig, load_run
+from supermoe.config import load_run
 from supermoe.data.sources import Frames
-from supermoe.data.store import Store
 from supermoe.serving.artifact import Artifact
 from supermoe.train import main, train
-from supermoe.training.build import build_run
-from supermoe.typed_yaml import UserError, validate
+from supermoe.typed_yaml import UserError
 
 
 @pytest.fixture
@@ -50,28 +46,6 @@ def test_a_run_is_complete(trained_run: Path) -> None:
     model = Artifact.load(trained_run / "model")
     assert model.states["spend"]["std"] > 0
     assert model.parity() < 1e-4
-
-
-def test_the_model_is_the_one_that_trained_on_validation_examples_too(trained_run: Path) -> None:
-    model = load_file(trained_run / "model" / "model.safetensors")
-    final = load_file(trained_run / "refit" / "checkpoints" / "best.safetensors")
-    selected = load_file(trained_run / "checkpoints" / "best.safetensors")
-    name = "indicators.features.project.weight"
-    assert torch.equal(model[name], final[name])
-    assert not torch.equal(final[name], selected[name])
-
-
-def test_without_a_test_cut_the_report_is_about_the_model_that_validation_has_seen(tmp_path: Path) -> None:
-    config = tiny.make_config(tmp_path).model_dump(mode="json")
-    config["data"]["splits"] = {"type": "time", "train": ["2020-08-01"], "valid": "2020-10-01"}
-    config["tasks"] = {"churn": config["tasks"]["churn"]}
-    config["training"]["max_steps"] = 2
-    train(validate(RunConfig, config, "test"), Frames(events=tiny.make_log(), users=tiny.make_users()))
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["split"] == "valid"
-    run = build_run(load_run(tmp_path / "run" / "config.yaml"), Store.open(tmp_path / "run" / "store"))
-    assert report["tasks"]["churn"]["metrics"] == pytest.approx(run.evaluate("valid").metrics["churn"])
-    assert (tmp_path / "run" / "refit" / "checkpoints" / "best.safetensors").exists()
 
 
 def test_the_same_command_again_trains_no_further(copy: Path, capsys: pytest.CaptureFixture) -> None:
