@@ -26,9 +26,12 @@ def choices(num_tokens: int, k: int, experts: int = EXPERTS) -> Tensor:
     return torch.rand(num_tokens, experts, generator=generator).argsort(dim=1)[:, :k]
 
 
-def layer(module: object, expert_NK: Tensor, activation: str = "gelu") -> Callable[..., Tensor]:
+def layer(
+    module: object, expert_NK: Tensor, activation: str = "gelu", low_memory: bool = False
+) -> Callable[..., Tensor]:
     """A module's feed-forward of the operands, the experts chosen."""
-    return lambda x, g, w_in, w_out: module.expert_ffn(x, expert_NK, g, w_in, w_out, activation)
+    options = (low_memory,) if low_memory else ()
+    return lambda x, g, w_in, w_out: module.expert_ffn(x, expert_NK, g, w_in, w_out, activation, *options)
 
 
 def values_and_grads(

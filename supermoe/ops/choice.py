@@ -44,7 +44,8 @@ BACKENDS: dict[str, Backend] = {  # the first that takes the operands is used
     "torch": Backend(
         about="attention by length, chunked cross-entropy, grouped experts, bulk dropout",
         modules={
-            "expert_ffn": _OWN + "grouped",
+            "route": _OWN + "routing",
+            "expert_ffn": _OWN + "experts",
             **dict.fromkeys(_HISTORY, _OWN + "attention"),
             **dict.fromkeys(_LOSSES, _OWN + "cross_entropy"),
             "dropout": _OWN + "random_bytes",

@@ -1,4 +1,4 @@
-"""Expert feed-forwards as two grouped matrix products over rows sorted by expert."""
+"""Expert feed-forwards as two grouped matrix products over sorted rows: what a GPU runs without our kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ def expert_ffn(
     w_in_EDF: Tensor,
     w_out_EFD: Tensor,
     activation: str,
-    low_memory: bool = False,
 ) -> Tensor:
     """See `supermoe.ops.expert_ffn`."""
     num_experts, k = len(w_in_EDF), expert_NK.shape[1]
@@ -37,13 +36,13 @@ def expert_ffn(
 def _grouped_mm(rows_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     if len(rows_RD) == 0:  # no product to make, yet every operand gets its (zero) gradient
         return rows_RD @ weight_EDF.sum(dim=0)
-    if _takes(rows_RD, weight_EDF):
+    if grouped_mm_takes(rows_RD, weight_EDF):
         return F.grouped_mm(rows_RD, weight_EDF, offs=ends_E.to(torch.int32))
     rows = rows_RD.tensor_split(ends_E[:-1].tolist())
     return torch.cat([rows_RD @ weight_DF for rows_RD, weight_DF in zip(rows, weight_EDF.unbind(0), strict=True)])
 
 
-def _takes(rows_RD: Tensor, weight_EDF: Tensor) -> bool:
+def grouped_mm_takes(rows_RD: Tensor, weight_EDF: Tensor) -> bool:
     """Whether grouped_mm takes these operands; a loop takes all."""
     dtypes = [torch.bfloat16] if rows_RD.is_cuda else [torch.float32, torch.bfloat16, torch.float16]
     return rows_RD.dtype in dtypes and not any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,19 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
     raise ValueError(f"activation must be gelu, silu, relu2 or swiglu, got {activation!r}")
 
 
-def route(logits_NE: Tensor, k: int, score: str = "softmax", bias_E: Tensor | None = None) -> Routing:
-    """See `supermoe.ops.route`."""
+def top_k(ranked_NE: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of each row, largest first -> int64 [N, K]."""
+    return ranked_NE.topk(k, dim=-1).indices
+
+
+def route(
+    logits_NE: Tensor,
+    k: int,
+    score: str = "softmax",
+    bias_E: Tensor | None = None,
+    choose: Callable[[Tensor, int], Tensor] = top_k,
+) -> Routing:
+    """See `supermoe.ops.route`; `choose` finds the k best columns of every row."""
     if not 1 <= k <= logits_NE.shape[1]:
         raise ValueError(f"cannot choose k = {k} of {logits_NE.shape[1]} experts: model.moe.top_k must be 1 to experts")
     if score == "softmax":
@@ -52,7 +64,7 @@ def route(logits_NE: Tensor, k: int, score: str = "softmax", bias_E: Tensor | No
     probs_NE = log_score_NE.exp()
     with torch.no_grad():
         ranked_NE = probs_NE if bias_E is None else probs_NE + bias_E
-        expert_NK = ranked_NE.topk(k, dim=-1).indices
+        expert_NK = choose(ranked_NE, k)
         counts_E = torch.bincount(expert_NK.flatten(), minlength=logits_NE.shape[1])
     chosen_NK = log_score_NE.gather(1, expert_NK)
     # One normalised weight is the constant 1, which would leave the router without a gradient from the task.
