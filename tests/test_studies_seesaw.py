@@ -123,6 +123,7 @@ def test_the_validation_split_can_be_reported_without_training(inside: Path, mon
         (["--methods", "fixed"], "weights"),
         (["tasks.types=null"], "a seesaw needs two tasks or more, there is only 'churn'"),
         (["--variant", "other: tasks.churn.label.window=7d"], "--variant other: all methods share one store"),
+        (["--variant", "other: run=elsewhere"], "--variant other: all methods share one store"),
     ],
 )
 def test_what_cannot_be_studied_is_refused(inside: Path, arguments: list[str], message: str) -> None:
