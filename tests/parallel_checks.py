@@ -73,8 +73,10 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return replace(value, fields=fields, bags=bags, features_BP=move(value.features_BP))
 
 
-def build(folder: Path, world: World | None = None, mixture: str = "plain", **distributed: Any) -> Trainer:
-    """A trainer whose weights, order and steps do not depend on the world."""
+def build(
+    folder: Path, world: World | None = None, mixture: str = "plain", epochs: int = 2, every: int = 100, **distributed: Any
+) -> Trainer:
+    """A trainer whose weights, order and steps do not depend on the world; it saves `every` so many steps."""
     torch.manual_seed(0)
     objective = make_objective()
     heads = {name: task.head_spec() for name, task in objective.tasks.items()}
@@ -90,9 +92,8 @@ def build(folder: Path, world: World | None = None, mixture: str = "plain", **di
             router.bias_E += torch.tensor([9.0, 9.0, 0.0, 0.0])
     world = world or World()
     precision = "bf16" if mixture == "bf16" else "fp32"
-    training = TrainingConfig(
-        epochs=2, accumulate=4, lr=1e-3, precision=precision, checkpoint_every=100, clip_norm=0.5, ema=0.9
-    )
+    options: dict[str, Any] = {"epochs": epochs, "accumulate": 4, "checkpoint_every": every, "precision": precision}
+    training = TrainingConfig(lr=1e-3, clip_norm=0.5, ema=0.9, **options)
     shares = Shares(world, dtype)
     parallel = Parallel(world, DistributedConfig(**distributed))
     return Trainer(model.to(dtype), objective, shares, shares, training, folder=folder, identity={}, parallel=parallel)

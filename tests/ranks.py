@@ -8,13 +8,14 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 TIMEOUT = 100
 
 
-def launch(size: int, work: Callable[[Path], None], folder: Path) -> None:
-    """Call `work(folder)` in `size` ranks at once; the first failure is raised here with its traceback."""
+def spawn(size: int, work: Callable[[Path], None], folder: Path) -> list[BaseProcess]:
+    """Start `work(folder)` in `size` ranks."""
     context = multiprocessing.get_context("forkserver")  # a clean process that has imported everything is forked
     context.set_forkserver_preload(["parallel_checks"])
     with socket.socket() as probe:
@@ -23,15 +24,25 @@ def launch(size: int, work: Callable[[Path], None], folder: Path) -> None:
     processes = [context.Process(target=_rank, args=(rank, size, port, work, folder)) for rank in range(size)]
     for process in processes:
         process.start()
+    return processes  # type: ignore[return-value]
+
+
+def finish(processes: list[BaseProcess], folder: Path) -> list[str]:
+    """Wait for ranks to end -> the tracebacks of those that failed."""
     until = time.monotonic() + TIMEOUT
     for process in processes:
         process.join(max(0.0, until - time.monotonic()))
     stuck = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
-    failures = [path.read_text() for path in sorted(folder.glob("failed_*"))]
-    assert not failures, failures[0]
     assert not stuck, f"ranks {stuck} hang"
+    return [path.read_text() for path in sorted(folder.glob("failed_*"))]
+
+
+def launch(size: int, work: Callable[[Path], None], folder: Path) -> None:
+    """Call `work(folder)` in `size` ranks at once; the first failure is raised here with its traceback."""
+    failures = finish(spawn(size, work, folder), folder)
+    assert not failures, failures[0]
 
 
 def _rank(rank: int, size: int, port: int, work: Callable[[Path], None], folder: Path) -> None:

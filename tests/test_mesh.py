@@ -40,10 +40,10 @@ class Store(dict):
 @pytest.mark.parametrize(("answering", "missing"), [((0, 1, 3), "rank 2 on b did not answer"), (range(4), "answers")])
 def test_who_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch, answering, missing: str) -> None:
     monkeypatch.setattr("supermoe.distributed.mesh.ROLL_CALL", 0.2)
-    store = Store({f"host/{rank}": b"ab"[rank // 2 : rank // 2 + 1] for rank in range(4)})
+    store = Store()
     for rank in answering:
         store.set(f"failed/{rank}", "")
-    world = World(1, 4, mesh=object(), store=store, timeout=60)
+    world = World(1, 4, mesh=object(), store=store, hosts=("a", "a", "b", "b"), timeout=60)
     with (
         pytest.raises(UserError, match=rf"step 7: a collective of rank 1 .* 60 s .*{missing}"),
         world.watch(lambda: "step 7"),

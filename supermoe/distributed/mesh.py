@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ class World:
     mesh: DeviceMesh | None = None  # of the dimensions `data` and `expert`; None without torchrun
     control: Any = None  # a process group of its own for what takes long
     store: Any = None  # a key-value store that outlives a broken process group
+    hosts: tuple[str, ...] = ("localhost",)  # of the ranks
     timeout: float = 0.0  # seconds that a collective may take
 
     @property
@@ -115,12 +116,15 @@ class World:
 
     def _missing(self) -> list[str]:
         """Ranks, with their hosts, that do not report a failure soon after this one did."""
-        self.store.set(f"failed/{self.rank}", "")
         waiting, until = set(range(self.size)) - {self.rank}, time.monotonic() + ROLL_CALL
-        while waiting and time.monotonic() < until:
-            waiting -= {rank for rank in waiting if self.store.check([f"failed/{rank}"])}
-            time.sleep(0.1)
-        return [f"{rank} on {self.store.get(f'host/{rank}').decode()}" for rank in sorted(waiting)]
+        try:
+            self.store.set(f"failed/{self.rank}", "")
+            while waiting and time.monotonic() < until:
+                waiting -= {rank for rank in waiting if self.store.check([f"failed/{rank}"])}
+                time.sleep(0.1)
+        except dist.DistError:  # the store is gone, and with it the process that kept it
+            waiting = {0}
+        return [f"{rank} on {self.hosts[rank]}" for rank in sorted(waiting)]
 
 
 def launched() -> tuple[int, int]:
@@ -152,11 +156,11 @@ def start(config: DistributedConfig) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=timeout)
     try:
-        prefixed.set(f"host/{rank}", socket.gethostname())
         shape = (size // config.expert, config.expert)
         mesh = init_device_mesh("cuda" if on_gpus else "cpu", shape, mesh_dim_names=("data", "expert"))
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield World(rank, size, mesh, control, prefixed, config.timeout)
+        world = World(rank, size, mesh, control, prefixed, timeout=config.timeout)
+        yield replace(world, hosts=tuple(world.gather(socket.gethostname())))
     finally:
         dist.destroy_process_group()
 
