@@ -17,7 +17,7 @@ from torch import Tensor
 from supermoe.ops.groups import Blocks, Even, Pieces
 
 _ALIGN = 16  # rows that 16-bit units multiply at once
-_BLOCKS = 8  # blocks beyond the even shares come in multiples of this: few sizes
+_FEW_BLOCKS = 8  # that are at least multiplied at once
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ def padded(expert_NK: Tensor, num_experts: int, chunk_rows: int) -> Layout:
         Even(first * share, min(first + step, num_experts) * share, first, min(first + step, num_experts))
         for first in range(0, num_experts, step)
     ]
-    num_blocks = _round_up(int(blocks_E.sum()), _BLOCKS)
+    together = max(_FEW_BLOCKS, num_experts // 2)
+    num_blocks = _round_up(int(blocks_E.sum()), together)
     expert_b = np.zeros(num_blocks, np.int64)
     expert_b[: blocks_E.sum()] = np.repeat(np.arange(num_experts), blocks_E)
     start = num_experts * share
-    for b in range(0, num_blocks, _BLOCKS):
-        groups.append(
-            Blocks(start + b * block, start + (b + _BLOCKS) * block, torch.from_numpy(expert_b[b:][:_BLOCKS]))
-        )
+    for b in range(0, num_blocks, together):
+        here = torch.from_numpy(expert_b[b : b + together])
+        groups.append(Blocks(start + b * block, start + (b + together) * block, here))
     return _layout(pairs, expert_NK, slot_R, start + num_blocks * block, groups)
 
 
