@@ -74,7 +74,12 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def build(
-    folder: Path, world: World | None = None, mixture: str = "plain", epochs: int = 2, every: int = 100, **distributed: Any
+    folder: Path,
+    world: World | None = None,
+    mixture: str = "plain",
+    epochs: int = 2,
+    every: int = 100,
+    **distributed: Any,
 ) -> Trainer:
     """A trainer whose weights, order and steps do not depend on the world; it saves `every` so many steps."""
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-TIMEOUT = 100
+TIMEOUT = 200  # seconds; a busy machine takes minutes to import torch in so many processes
 
 
 def spawn(size: int, work: Callable[[Path], None], folder: Path) -> list[BaseProcess]:

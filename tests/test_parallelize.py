@@ -44,7 +44,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
         )
 
 
-@pytest.mark.timeout(240)  # the fixture starts six processes
+@pytest.mark.timeout(600)  # the fixture starts six processes
 @pytest.mark.parametrize("training", TRAININGS)
 def test_many_ranks_train_as_one(folder: Path, training: str) -> None:
     """Weights, average, moments of AdamW (so every clipped gradient), losses, norms, metrics, best weights."""

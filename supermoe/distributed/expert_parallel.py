@@ -106,9 +106,10 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:
                 f"{mesh.size()} ranks; choose a divisor of {num_experts}"
             )
         layer.__class__ = ExpertParallelMoE
-        layer.shard = RowShard(mesh, num_experts)
+        shard = RowShard(mesh, num_experts)
+        layer.shard = shard  # type: ignore[assignment]  # no tensor, and no module
         for name, _ in list(layer.experts.named_parameters()):
-            shard_parameter(layer.experts, name, layer.shard)
+            shard_parameter(layer.experts, name, shard)
 
 
 def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:

@@ -108,9 +108,11 @@ class Parallel:
         """Average the gradients of experts: each is the sum over the tokens of its mesh's ranks so far."""
         layers = [module for module in model.modules() if isinstance(module, ExpertParallelMoE)]
         works = []
-        for grad in [param.grad for layer in layers for param in layer.experts.parameters()]:
-            group = self.world.mesh["data"].get_group()  # type: ignore[index]  # experts are sharded on a mesh only
-            works.append(dist.all_reduce(grad.div_(self.world.size), group=group, async_op=True))
+        for param in [param for layer in layers for param in layer.experts.parameters()]:
+            assert param.grad is not None
+            assert self.world.mesh is not None
+            param.grad /= self.world.size
+            works.append(dist.all_reduce(param.grad, group=self.world.mesh["data"].get_group(), async_op=True))
         for work in works:
             work.wait()
 

@@ -138,7 +138,7 @@ def optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -
     Sharded rows appear as DTensors, and a rank knows only the weights whose state it keeps, so that any division of the
     weights over ranks saves and loads the same whole.
     """
-    names = {param: name for name, param in model.named_parameters()}
+    names: dict[Any, str] = {param: name for name, param in model.named_parameters()}
     found: dict[str, dict[str, Tensor]] = {}
     for optimizer in optimizers:
         # fairscale's OSS keeps this rank's part in an optimiser of its own
