@@ -31,7 +31,7 @@ from supermoe.objectives.balancer import Balancer, Step, to_one
 from supermoe.typed_yaml import Config, UserError, nearest
 
 MEMORY = 0.95  # of the running training loss, per step
-SWEEPS = 100  # of the projection; it is done when a sweep changes nothing
+SWEEPS = 100  # of the projection at most; it is done when a sweep changes next to nothing
 
 
 class Seesaw(Balancer):
@@ -149,6 +149,6 @@ def project(gram_TT: Tensor, push_T: Tensor, guarded_T: Tensor, bound: float) ->
         for t in guarded:
             relaxed = weight_T[t] - gram_TT[t] @ weight_T / norm_T[t]
             weight_T[t] = relaxed.clamp(push_T[t], bound * push_T[t])
-        if torch.equal(before_T, weight_T):
+        if torch.allclose(before_T, weight_T, rtol=1e-9, atol=0):
             break
     return weight_T
