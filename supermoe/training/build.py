@@ -183,8 +183,8 @@ def build_tasks(config: RunConfig, store: Store) -> dict[str, Task]:
         task.fit_prior(labels, counts.get(label.field or ""))
         if task.head_spec().reads == "example" and (reason := task.undefined(labels)):
             warnings.warn(
-                f"tasks.{name}: in training {reason}, so there is nothing to learn: it is kept, and will answer its prior. "
-                f"Check its `label`, or leave it out with tasks.{name}=null",
+                f"tasks.{name}: in training {reason}, so there is nothing to learn: it is kept, and will answer its "
+                f"prior. Check its `label`, or leave it out with tasks.{name}=null",
                 stacklevel=2,
             )
         learns_from = train if task.head_spec().reads == "event" else train[asked(labels).numpy()]
