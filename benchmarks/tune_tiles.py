@@ -1,4 +1,4 @@
-"""Which tile is fastest: every candidate of `kernels/tiles.py` on this GPU, and whether one kernel beats several.
+"""Which tile is fastest: every candidate of `kernels/tiles.py` on this GPU, and what the rest of the layer takes.
 
 Prints the candidates of each shape, fastest first, and writes them all; the winners are put first in the table by hand.
 Without a GPU it runs one small shape in fp32 under TRITON_INTERPRET=1, which shows that it works and measures nothing.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from supermoe.kernels import grouped_mm, permute, tiles
 from supermoe.kernels.tiles import Tile
-from supermoe.ops import triton_moe
+from supermoe.ops import reference, triton_moe
 
 
 class Shape(NamedTuple):
@@ -85,6 +85,16 @@ def launches(shape: Shape, given: Operands, plan: permute.Plan) -> dict[str, Cal
     }
 
 
+def routing(shape: Shape, given: Operands, rows: int) -> dict[str, Callable[[], object]]:
+    """What comes before the experts: the router, beside PyTorch's operators, and the sorting of rows."""
+    logits_NE = torch.randn(shape.tokens, shape.experts, device=given.x_ND.device)
+    return {
+        "router": lambda: triton_moe.route(logits_NE, shape.k),
+        "router, PyTorch": lambda: reference.route(logits_NE, shape.k),
+        "plan": lambda: permute.plan(given.expert_NK, shape.experts, rows),
+    }
+
+
 def step(shape: Shape, given: Operands) -> Callable[[], object]:
     """Forward and backward of the whole layer."""
     leaves = [given.x_ND, given.weight_NK, given.w_in_EDF, given.w_out_EFD]
@@ -110,7 +120,7 @@ def milliseconds(function: Callable[[], object], device: str) -> float:
 
 
 def measure(shape: Shape, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """A row per kernel and candidate, and one each for the layer in one kernel and in several."""
+    """A row per kernel and candidate, per part of the routing, and for the layer in one kernel and in several."""
     given = operands(shape, device, dtype)
     itemsize = dtype.itemsize
     plan = permute.plan(
@@ -121,6 +131,8 @@ def measure(shape: Shape, device: str, dtype: torch.dtype) -> list[dict[str, Any
         for tile in tiles.TILES[kernel, itemsize, plan.rows]:
             took = milliseconds(lambda launch=launch, tile=tile: launch(tile), device)
             rows.append({"kernel": kernel, "plan_rows": plan.rows, "tile": asdict(tile), "ms": took})
+    for name, function in routing(shape, given, plan.rows).items():
+        rows.append({"kernel": name, "plan_rows": plan.rows, "tile": None, "ms": milliseconds(function, device)})
     for name, width in (("layer, several kernels", 0), ("layer, one kernel", tiles.FUSED_WIDTH)):
         if width and not tiles.is_fused(shape.dim, itemsize, plan.rows):
             continue

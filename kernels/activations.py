@@ -34,9 +34,3 @@ def slope(z, ACTIVATION: tl.constexpr):
     else:
         share = tl.sigmoid(z)
         return share * (1.0 + z * (1.0 - share))
-
-
-@triton.jit
-def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Left and right half of a tile's columns: what follows needs registers for one half at a time."""
-    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from supermoe.kernels.activations import CODES, SWIGLU, activate, slope
+from supermoe.kernels.blocks import fits
 from supermoe.kernels.permute import Plan
 from supermoe.kernels.tiles import Tile, precision
 
@@ -82,7 +83,7 @@ def _fused_fwd_kernel(
         return
     pair = tl.load(pair_P + place)
     dim = tl.arange(0, WIDTH)
-    inside = (pair >= 0)[:, None] & (dim < D)[None, :]
+    inside = (pair >= 0)[:, None] & fits(dim, D)[None, :]
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     if expert < num_experts:  # dropped tokens keep the zeros
         x = tl.load(x_ND + (pair // K).to(tl.int64)[:, None] * D + dim[None, :], mask=inside, other=0.0)
@@ -103,7 +104,7 @@ def _fused_fwd_kernel(
 @triton.jit
 def _columns(w, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
     """A block of a row-major matrix, zero outside it."""
-    mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+    mask = fits(row, ROWS)[:, None] & fits(column, COLUMNS)[None, :]
     return tl.load(w + row[:, None] * STRIDE + column[None, :], mask=mask, other=0.0)
 
 
@@ -121,7 +122,7 @@ def _fused_bwd_kernel(
         return
     pair = tl.load(pair_P + place)
     dim = tl.arange(0, WIDTH)
-    inside = (pair >= 0)[:, None] & (dim < D)[None, :]
+    inside = (pair >= 0)[:, None] & fits(dim, D)[None, :]
     dweight = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     if expert < num_experts:
@@ -134,7 +135,7 @@ def _fused_bwd_kernel(
         dz_rows, a_rows = place.to(tl.int64)[:, None] * STRIDE, place.to(tl.int64)[:, None] * F
         for start in range(0, F, STEP):
             hidden = start + tl.arange(0, STEP)
-            column, near = hidden[None, :], (hidden < F)[None, :]
+            column, near = hidden[None, :], fits(hidden, F)[None, :]
             w_gate = _columns(w_in, dim, hidden, D, F, STRIDE)
             z = tl.dot(x, w_gate, input_precision=PRECISION)
             w_back = tl.trans(_columns(w_out, hidden, dim, F, D, D))

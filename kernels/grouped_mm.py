@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supermoe.kernels.activations import CODES, SWIGLU, activate, halves, slope
+from supermoe.kernels.activations import CODES, SWIGLU, activate, slope
+from supermoe.kernels.blocks import fits, halves
 from supermoe.kernels.permute import Plan
 from supermoe.kernels.tiles import NUM_SMS, Tile, precision
 
@@ -125,16 +126,20 @@ def _up_kernel(
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, D, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        x_tile = tl.load(x_rows[:, None] + depth[None, :], mask=(pair >= 0)[:, None] & (depth < D)[None, :], other=0.0)
+        x_tile = tl.load(
+            x_rows[:, None] + depth[None, :], mask=(pair >= 0)[:, None] & fits(depth, D)[None, :], other=0.0
+        )
         w_tile = tl.load(
-            w_DF + depth[:, None] * WIDTH + outer[None, :], mask=(depth < D)[:, None] & (inner < F)[None, :], other=0.0
+            w_DF + depth[:, None] * WIDTH + outer[None, :],
+            mask=fits(depth, D)[:, None] & fits(inner, F)[None, :],
+            other=0.0,
         )
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
     left, right = halves(acc, ROWS, COLUMNS)
     z_rows, a_rows = place.to(tl.int64) * WIDTH, place.to(tl.int64) * F
     near = first + tl.arange(0, HALF)
     if GATED:
-        inside = (near < F)[None, :]
+        inside = fits(near, F)[None, :]
         if KEEP_Z:
             tl.store(z_PF + z_rows[:, None] + near[None, :], left.to(z_PF.dtype.element_ty), mask=inside)
             tl.store(z_PF + z_rows[:, None] + F + near[None, :], right.to(z_PF.dtype.element_ty), mask=inside)
@@ -182,7 +187,7 @@ def _down_kernel(
         if WEIGHTED:
             acc *= tl.load(weight_R + pair, mask=pair >= 0, other=0.0).to(tl.float32)[:, None]
     target = (pair if DIRECT else place).to(tl.int64) * D
-    inside = (pair >= 0)[:, None] & (column < D)[None, :]
+    inside = (pair >= 0)[:, None] & fits(column, D)[None, :]
     tl.store(out + target[:, None] + column[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -195,10 +200,10 @@ def _product(
     """acc + rows [., DIM] times w [DIM, WIDTH] at some columns; rows that are not real count as zero."""
     for start in range(0, DIM, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        left = tl.load(rows[:, None] + depth[None, :], mask=real[:, None] & (depth < DIM)[None, :], other=0.0)
+        left = tl.load(rows[:, None] + depth[None, :], mask=real[:, None] & fits(depth, DIM)[None, :], other=0.0)
         right = tl.load(
             w + depth[:, None] * STRIDE_DEPTH + column[None, :] * STRIDE_COLUMN,
-            mask=(depth < DIM)[:, None] & (column < WIDTH)[None, :], other=0.0,
+            mask=fits(depth, DIM)[:, None] & fits(column, WIDTH)[None, :], other=0.0,
         )  # fmt: skip
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     return acc
@@ -280,11 +285,11 @@ def _weight_grad_kernel(
         left_row = token if GATHER_LEFT else sorted_place
         right_row = sorted_place if GATHER_LEFT else token
         real = (pair >= 0)[:, None]
-        left_tile = tl.load(left + left_row[:, None] * M + row[None, :], mask=real & (row < M)[None, :], other=0.0)
+        left_tile = tl.load(left + left_row[:, None] * M + row[None, :], mask=real & fits(row, M)[None, :], other=0.0)
         right_tile = tl.load(
-            right + right_row[:, None] * N + column[None, :], mask=real & (column < N)[None, :], other=0.0
+            right + right_row[:, None] * N + column[None, :], mask=real & fits(column, N)[None, :], other=0.0
         )
         acc = tl.dot(tl.trans(left_tile), right_tile, acc, input_precision=PRECISION)
     index = (tl.program_id(1) * num_experts + expert).to(tl.int64) * M * N
     address = out + index + row.to(tl.int64)[:, None] * N + column[None, :]
-    tl.store(address, acc.to(out.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
+    tl.store(address, acc.to(out.dtype.element_ty), mask=fits(row, M)[:, None] & fits(column, N)[None, :])

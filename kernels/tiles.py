@@ -42,7 +42,7 @@ TILES: dict[tuple[str, int, int], tuple[Tile, ...]] = {
     ("up", 4, 64): (Tile(64, 64, 32, 4, 2),),
     ("down", 2, 128): (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
     ("down", 2, 64): (Tile(64, 128, 64, 4, 3), Tile(64, 256, 64, 8, 3)),
-    ("down", 4, 64): (Tile(64, 64, 32, 4, 2),),
+    ("down", 4, 64): (Tile(64, 32, 32, 4, 2),),
     ("hidden_grad", 2, 128): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
     ("hidden_grad", 2, 64): (Tile(64, 128, 64, 4, 3),),
     ("hidden_grad", 4, 64): (Tile(64, 64, 32, 4, 2),),
@@ -51,8 +51,8 @@ TILES: dict[tuple[str, int, int], tuple[Tile, ...]] = {
     ("weight_grad", 2, 64): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
     ("weight_grad", 4, 64): (Tile(64, 64, 32, 4, 2),),
     # a whole feed-forward up to `FUSED_WIDTH`: columns are the hidden ones of one step, its depth is the width
-    ("fused_fwd", 2, 128): (Tile(128, 64, 0, 8, 2), Tile(64, 64, 0, 4, 2)),
-    ("fused_fwd", 2, 64): (Tile(64, 64, 0, 4, 2),),
+    ("fused_fwd", 2, 128): (Tile(64, 64, 0, 8, 2), Tile(128, 32, 0, 8, 2)),
+    ("fused_fwd", 2, 64): (Tile(64, 64, 0, 8, 2),),
     ("fused_bwd", 2, 128): (Tile(64, 32, 0, 4, 2),),
     ("fused_bwd", 2, 64): (Tile(64, 32, 0, 4, 2),),
 }

@@ -45,12 +45,12 @@ def choices(num_tokens: int, k: int, experts: int = EXPERTS) -> Tensor:
     return torch.rand(num_tokens, experts, generator=generator).argsort(dim=1)[:, :k]
 
 
-def operands(num_tokens: int, k: int, activation: str, experts: int = EXPERTS) -> list[Tensor]:
+def operands(num_tokens: int, k: int, activation: str, experts: int = EXPERTS, hidden: int = HIDDEN) -> list[Tensor]:
     """x, weights of combination and both stacks, of a size that keeps outputs of order 1."""
     generator = torch.Generator().manual_seed(num_tokens)
-    columns = 2 * HIDDEN if activation == "swiglu" else HIDDEN
-    shapes = [(num_tokens, DIM), (num_tokens, k), (experts, DIM, columns), (experts, HIDDEN, DIM)]
-    scales = [1.0, 1.0, DIM**-0.5, HIDDEN**-0.5]
+    columns = 2 * hidden if activation == "swiglu" else hidden
+    shapes = [(num_tokens, DIM), (num_tokens, k), (experts, DIM, columns), (experts, hidden, DIM)]
+    scales = [1.0, 1.0, DIM**-0.5, hidden**-0.5]
     return [s * torch.randn(*shape, generator=generator).to(DEVICE) for s, shape in zip(scales, shapes, strict=True)]
 
 
@@ -60,11 +60,11 @@ def layer(function: Callable[..., Tensor], expert_NK: Tensor, *settings: object)
 
 
 def check(
-    expert_NK: Tensor, dtype: torch.dtype, activation: str = "silu", low_memory: bool = False, experts: int = EXPERTS
+    expert_NK: Tensor, dtype: torch.dtype, activation: str = "silu", experts: int = EXPERTS, hidden: int = HIDDEN
 ) -> None:
     """Outputs and all gradients; that of the output, of a sum, has stride 0."""
-    inputs = operands(*expert_NK.shape, activation, experts)
-    ours = layer(triton_moe.expert_ffn, expert_NK, activation, low_memory)
+    inputs = operands(*expert_NK.shape, activation, experts, hidden)
+    ours = layer(triton_moe.expert_ffn, expert_NK, activation)
     assert_as_exact_as_torch(ours, layer(reference.expert_ffn, expert_NK, activation), inputs, dtype)
 
 
@@ -83,6 +83,15 @@ def test_uneven_loads(path: str, dtype: torch.dtype) -> None:
     check(torch.full((3, 2), -1), dtype)  # every row dropped
     check(choices(1, 2), dtype)
     check(torch.zeros(9, 1, dtype=torch.int64), dtype, experts=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_last_tile_half_full(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """The half that lies outside must not be taken for one inside."""
+    monkeypatch.setattr(tiles, "FUSED_WIDTH", 0)
+    key = "up", dtype.itemsize, 64
+    columns = tiles.TILES[key][0].columns
+    check(choices(9, 2, 2), dtype, experts=2, hidden=columns * 3 // 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[triton]'")
 
 
+@pytest.mark.timeout(600)  # half a minute of CPU time, on a machine that is busy
 @pytest.mark.parametrize("name", ["permute", "gating", "experts", "tuning"])
 def test_in_the_interpreter(name: str) -> None:
     """In a process of its own: whether kernels are interpreted is decided once, when Triton is imported."""

@@ -23,4 +23,5 @@ def test_every_choice_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     open_choices = {kernel for (kernel, _, _), candidates in tiles.TILES.items() if len(candidates) > 1}
     for kernel in open_choices - {"fused_fwd"}:  # its candidates differ in nothing but what the layer shows
         assert kernel in printed
-    assert "layer, several kernels" in printed
+    for part in ("router, PyTorch", "plan", "layer, several kernels"):
+        assert part in printed

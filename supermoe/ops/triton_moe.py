@@ -16,7 +16,7 @@ _WIDTH_STEP = 8  # elements: rows begin where the widest load may
 
 def refusal(op: str, *operands: Any) -> str | None:
     """Why the kernels cannot take these operands; None if they can."""
-    return {"route": _refuse_route, "expert_ffn": _refuse_expert_ffn}[op](*operands)
+    return _refuse_route(*operands) if op == "route" else _refuse_expert_ffn(*operands)
 
 
 def _refuse_route(logits_NE: Tensor, k: int, score: str, *_: Any) -> str | None:
@@ -101,7 +101,7 @@ def expert_ffn(
     operands = x_ND, weight_NK, w_in_EDF, w_out_EFD, plan, activation
     if tiles.is_fused(x_ND.shape[1], itemsize, rows):
         return _FusedFFN.apply(*operands)
-    return _ExpertFFN.apply(*operands, low_memory)
+    return _ExpertFFN.apply(*operands, low_memory or not torch.is_grad_enabled())
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -118,7 +118,7 @@ class _ExpertFFN(torch.autograd.Function):
         activation: str,
         low_memory: bool,
     ) -> Tensor:
-        keep = "a" if low_memory or not any(ctx.needs_input_grad) else "za"
+        keep = "a" if low_memory else "za"
         z_PF, a_PF = grouped_mm.up(x_ND, w_in_EDF, plan, activation, _tile("up", plan, x_ND), keep)
         ctx.save_for_backward(x_ND, weight_NK, w_in_EDF, w_out_EFD, z_PF)
         ctx.plan, ctx.activation = plan, activation
