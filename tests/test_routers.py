@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from supermoe import ops
 from supermoe.model.routers import REGISTRY, Router
 from supermoe.typed_yaml import build, resolve
 
@@ -99,6 +101,14 @@ def test_z_loss_is_the_mean_squared_logsumexp_and_differentiable() -> None:
     torch.testing.assert_close(loss, 0.1 * (x_ND @ router.weight.t()).logsumexp(1).square().mean())
     (gradient,) = torch.autograd.grad(loss, router.weight)
     assert gradient.abs().max() > 0
+
+
+def test_statistics_of_the_back_end_take_the_place_of_the_scores() -> None:
+    router, logits_NE = make_router(balance="aux", z_weight=1.0, aux_weight=1.0), torch.randn(50, 4)
+    routing = ops.route(logits_NE, 2)
+    z, mean_score_E = logits_NE.logsumexp(1).square().mean(), routing.probs_NE.mean(0)
+    known = replace(routing, probs_NE=routing.probs_NE.new_empty(0), z=z, mean_score_E=mean_score_E)
+    torch.testing.assert_close(router.losses(logits_NE, known), router.losses(logits_NE, routing))
 
 
 def test_no_tokens_have_no_loss() -> None:
