@@ -123,12 +123,22 @@ def test_arrow_and_duckdb_frames_and_other_names(everyone: pd.DataFrame, embedde
 
 def test_what_cannot_be_read_is_named(embedder: Embedder) -> None:
     log = make_log()
-    with pytest.raises(UserError, match="no column 'shop'"):
-        embedder.embed(log.drop(columns="shop"), as_of=CUT)
+    with pytest.raises(UserError, match=r"no column 'type', which the model reads; .* add it empty"):
+        embedder.embed(log[["user", "time"]], as_of=CUT)
     with pytest.raises(UserError, match="no column 'time'"):
         embedder.embed(log.drop(columns="time"), as_of=CUT)
     with pytest.raises(UserError, match=r"as_of: expected a date .* 'yesterday'"):
         embedder.embed(log, as_of="yesterday")
+
+
+def test_fields_that_a_frame_lacks_are_missing_under_one_warning(embedder: Embedder) -> None:
+    log = make_log()
+    lacking = ["shop", "value", "tags"]
+    empty = log.assign(**dict.fromkeys(lacking))
+    with pytest.warns(UserWarning, match="the events lack shop, value, tags, which the model reads") as warned:
+        found = embedder.embed(log.drop(columns=lacking), as_of=CUT)
+    assert len(warned) == 1
+    pd.testing.assert_frame_equal(found, embedder.embed(empty, as_of=CUT))
 
 
 def test_neither_trainer_nor_objectives_are_loaded(model_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import MappingProxyType
 from typing import Any
 
 from supermoe.config import FieldConfig
@@ -10,6 +11,7 @@ from supermoe.data.sql import FLOATS, INTEGERS, WIDE_INTEGERS, quote
 from supermoe.typed_yaml import UserError, nearest
 
 OWN_COLUMNS = ("user", "time", "file_order")  # of a source's events; all others are the log's own
+NULLS = MappingProxyType({"category": "VARCHAR", "categories": "VARCHAR[]", "number": "DOUBLE"})  # their types
 NOT_IN_PARQUET = re.compile(r"\b(U?HUGEINT|BIGNUM|BIT|INTERVAL|TIME WITH|UNION|VARIANT)\b")
 EMPTY = '"NULL"'  # type of a frame's column without any value
 
@@ -85,7 +87,7 @@ def stored_sql(column: str, type_name: str, field: FieldConfig | None) -> str:
     """
     name = quote(column)
     if type_name == EMPTY:
-        return f"CAST({name} AS {'VARCHAR[]' if field and field.kind == 'categories' else 'VARCHAR'})"
+        return f"CAST({name} AS {NULLS[field.kind if field else 'category']})"
     if field is None or field.kind == "number":
         if type_name in ("HUGEINT", "UHUGEINT"):
             return f"CAST({name} AS DOUBLE)"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -104,7 +105,7 @@ def _write(reader: pa.RecordBatchReader, numbering: _Numbering, bar: tqdm, folde
             chosen = np.flatnonzero(scrambled < int(numbering.share * 2**32))
             sample.write_table(table.take(chosen).append_column("row", pa.array(row[chosen])))
 
-        writing = thread.submit(int)
+        writing: Future[Any] = thread.submit(int)
         for table in in_portions(reader, BATCH_ROWS):
             numbers = numbering.take(len(table))
             for name in ("user_row", "position"):

@@ -79,7 +79,10 @@ def stage_serving(
     for name, field in fields.items():
         if name not in types:
             have = types.keys() - set(OWN_COLUMNS)
-            raise UserError(f"the events have no column '{name}', which the model reads; {nearest(name, have)}")
+            raise UserError(
+                f"the events have no column '{name}', which the model reads; {nearest(name, have)} Where it is not "
+                f"known any more, add it empty."
+            )
         check_kind(name, types[name], field.kind)
     past = f"SELECT * FROM {quote(source.events)} WHERE time < make_timestamp({as_of * 1_000_000}::BIGINT)"
     con.execute(f"CREATE OR REPLACE TEMP VIEW past_events AS {past}")

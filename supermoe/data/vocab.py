@@ -183,7 +183,7 @@ def _fit_values(con: duckdb.DuckDBPyConnection, name: str, config: FieldConfig, 
 
 
 def _fit_knots(con: duckdb.DuckDBPyConnection, names: list[str], training_sql: str) -> dict[str, np.ndarray]:
-    knots = {}
+    knots: dict[str, np.ndarray] = {}
     for first in range(0, len(names), COLUMNS_AT_ONCE):
         some = names[first : first + COLUMNS_AT_ONCE]
         listed = ", ".join(f"CAST({quote(name)} AS DOUBLE) AS {quote(name)}" for name in some)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,11 @@ import duckdb
 import pandas as pd
 import pyarrow as pa
 
+from supermoe.data.fields import NULLS
+from supermoe.data.schema import Schema
 from supermoe.data.sources import Frames
+from supermoe.data.sql import quote
+from supermoe.data.tables import SourceTables
 from supermoe.serving.artifact import Artifact
 from supermoe.serving.inference import embedding_table
 from supermoe.serving.population import Request, serving_store
@@ -43,7 +49,8 @@ class Embedder:
         """Vectors of all users in `users` or with an event before `as_of`, ordered by user id.
 
         Args:
-            events: pandas frame, Arrow table or DuckDB relation with the columns `user`, `time` and the model's fields.
+            events: pandas frame, Arrow table or DuckDB relation with the columns `user`, `time` and the model's fields;
+                fields that it lacks are missing (null) in every event, under one warning.
             users: a frame with a column `user`, or just ids: users who get a row also without any event.
             as_of: date, time or seconds UTC; only events strictly before it are read. Default: all events.
             columns: our names -> the frames' own, where they differ.
@@ -56,8 +63,28 @@ class Embedder:
         if users is not None and not hasattr(users, "columns"):
             users = pa.table({"user": pa.array(users)})
         source = Frames(events=events, users=users, columns=columns)
-        with serving_store(self.artifact, Request(source, _instant(source, as_of)), everyone=True) as store:
+        request = Request(_Completed(source, self.artifact.schema), _instant(source, as_of))
+        with serving_store(self.artifact, request, everyone=True) as store:
             return embedding_table(self.artifact, store, "float32").to_pandas()
+
+
+class _Completed:
+    """Frames with the fields that they lack, empty. Files are not completed: a nightly job should not lose a column."""
+
+    def __init__(self, source: Frames, schema: Schema):
+        self.source, self.schema = source, schema
+
+    def attach(self, con: duckdb.DuckDBPyConnection) -> SourceTables:
+        """Views of the source's views, as they are where the events have none of the fields: that is refused later."""
+        whole = self.source.attach(con)
+        have = {row[0] for row in con.execute(f"DESCRIBE {whole.events}").fetchall()}
+        absent = {name: field.kind for name, field in self.schema.fields.items() if name not in have}
+        if not absent or not (have - {"event"}) & self.schema.fields.keys():
+            return whole
+        warnings.warn(f"the events lack {', '.join(absent)}, which the model reads: taken as missing", stacklevel=2)
+        nulls = ", ".join(f"CAST(NULL AS {NULLS[kind]}) AS {quote(name)}" for name, kind in absent.items())
+        con.execute(f"CREATE TEMP VIEW completed_events AS SELECT *, {nulls} FROM {whole.events}")
+        return replace(whole, events="completed_events")
 
 
 def _instant(source: Frames, as_of: Any) -> int:
