@@ -3,20 +3,25 @@ from __future__ import annotations
 import pytest
 import torch
 
+from supermoe.ops import groups
 from supermoe.ops.groups import Blocks, Even, Pieces
 
 GROUPS = {
     "pieces": (Pieces(0, 300, 1, [20, 0, 280], False), [1] * 20 + [3] * 280),
     "continued": (Pieces(0, 300, 1, [270, 30], True), [1] * 270 + [2] * 30),
     "even": (Even(0, 300, 1, 4), [1] * 100 + [2] * 100 + [3] * 100),
-    "blocks": (Blocks(0, 300, torch.tensor([2, 2, 0])), [2] * 200 + [0] * 100),
+    "blocks": (Blocks(0, 300, [2, 2, 0]), [2] * 200 + [0] * 100),
 }
 
 
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("widths", [(8, 20), (20, 8), (7, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_against_one_row_after_the_other(name: str, widths: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_against_one_row_after_the_other(
+    name: str, widths: tuple[int, int], dtype: torch.dtype, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "_GATHERED", 0 if large else 1000)
     group, experts = GROUPS[name]
     generator = torch.Generator().manual_seed(0)
     shapes = [(300, widths[0]), (300, widths[1]), (4, *widths)]

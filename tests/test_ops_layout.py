@@ -27,8 +27,8 @@ def experts_of_slots(where: Layout, num_experts: int) -> list[int]:
             share = (group.end - group.start) // (group.last - group.first)
             found += torch.arange(group.first, group.last).repeat_interleave(share).tolist()
         else:
-            block = (group.end - group.start) // len(group.expert_b)
-            found += group.expert_b.repeat_interleave(block).tolist()
+            block = (group.end - group.start) // len(group.experts)
+            found += torch.tensor(group.experts).repeat_interleave(block).tolist()
         assert group.end == len(found)
     assert len(found) == len(where.token_P)
     return found

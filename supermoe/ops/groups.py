@@ -14,6 +14,7 @@ from torch import Tensor
 
 from supermoe.ops.grouped import grouped_mm_takes
 
+_GATHERED = 1 << 15  # values of a matrix up to which it is copied for a batched product
 _TALL = 256  # rows from which a thin product is worth being made transposed and turned
 
 
@@ -77,20 +78,27 @@ class Even:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of equally many rows, block b of expert `expert_b`: one batched product on gathered matrices."""
+    """Blocks of equally many rows, block b of expert `experts[b]`; one batched product where matrices are small."""
 
     start: int
     end: int
-    expert_b: Tensor  # int64
+    experts: list[int]
 
     def product(self, rows_RI: Tensor, stack_EIO: Tensor) -> Tensor:
         """Rows times their experts' matrices -> [rows, O]."""
-        return torch.bmm(self._by_block(rows_RI), stack_EIO.index_select(0, self.expert_b)).flatten(0, 1)
+        rows_bRI = self._by_block(rows_RI)
+        if stack_EIO[0].numel() <= _GATHERED:
+            return torch.bmm(rows_bRI, stack_EIO[self.experts]).flatten(0, 1)
+        return torch.cat([rows @ stack_EIO[expert] for rows, expert in zip(rows_bRI, self.experts, strict=True)])
 
     def add_outer(self, left_RI: Tensor, right_RO: Tensor, grad_EIO: Tensor) -> None:
         """grad[e] += left_e^T right_e; every expert's gradient is filled before."""
-        left_bIR = self._by_block(left_RI).transpose(1, 2)
-        grad_EIO.index_add_(0, self.expert_b, torch.bmm(left_bIR, self._by_block(right_RO)))
+        left_bIR, right_bRO = self._by_block(left_RI).transpose(1, 2), self._by_block(right_RO)
+        if grad_EIO[0].numel() <= _GATHERED:
+            grad_EIO.index_add_(0, torch.tensor(self.experts), torch.bmm(left_bIR, right_bRO))
+            return
+        for left, right, expert in zip(left_bIR, right_bRO, self.experts, strict=True):
+            grad_EIO[expert].addmm_(left, right)
 
     def _by_block(self, rows_RI: Tensor) -> Tensor:
-        return rows_RI.unflatten(0, (len(self.expert_b), -1))
+        return rows_RI.unflatten(0, (len(self.experts), -1))

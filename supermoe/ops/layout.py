@@ -77,7 +77,7 @@ def padded(expert_NK: Tensor, num_experts: int, chunk_rows: int) -> Layout:
     expert_b[: blocks_E.sum()] = np.repeat(np.arange(num_experts), blocks_E)
     start = num_experts * share
     for b in range(0, num_blocks, together):
-        here = torch.from_numpy(expert_b[b : b + together])
+        here = expert_b[b : b + together].tolist()
         groups.append(Blocks(start + b * block, start + (b + together) * block, here))
     return _layout(pairs, expert_NK, slot_R, start + num_blocks * block, groups)
 
