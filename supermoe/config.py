@@ -99,6 +99,7 @@ class MoEConfig(Config):
     shared_hidden: int = Field(0, ge=0)  # width of an always-on shared expert; 0: none
     router: Annotated[Any, Seat("supermoe.model.routers")] = "softmax"
     capacity_factor: float | None = Field(None, gt=0)  # None: dropless
+    low_memory: bool = False  # keep no hidden rows for the backward: less memory, more time
 
     @model_validator(mode="after")
     def _check(self) -> MoEConfig:

@@ -48,6 +48,15 @@ def test_default_hidden_gives_the_active_flops_of_the_dense_block() -> None:
     assert moe.experts.w_in_EDF.shape == (4, 8, 16)
 
 
+def test_low_memory_changes_no_value() -> None:
+    x_ND, both = make_tokens(), []
+    for low_memory in (False, True):
+        moe = make_moe(low_memory=low_memory)
+        y_ND, _ = moe(x_ND)
+        both.append([y_ND, *torch.autograd.grad(y_ND.square().sum(), moe.experts.parameters())])
+    torch.testing.assert_close(both[0], both[1])
+
+
 def test_shared_expert_is_added_to_every_token() -> None:
     moe, x_ND = make_moe(shared_hidden=5), make_tokens()
     y_ND, routing = moe(x_ND)

@@ -30,16 +30,16 @@ class FeedForward(nn.Module):
 class Experts(nn.Module):
     """The stacked weights of E feed-forwards; what expert parallelism shards."""
 
-    def __init__(self, experts: int, dim: int, hidden: int, activation: str):
+    def __init__(self, experts: int, dim: int, hidden: int, activation: str, low_memory: bool = False):
         super().__init__()
-        self.activation = activation
+        self.activation, self.low_memory = activation, low_memory
         self.w_in_EDF = nn.Parameter(uniform_fan_in(experts, dim, in_width(hidden, activation)))
         self.w_out_EFD = nn.Parameter(uniform_fan_in(experts, hidden, dim))
 
     def forward(self, x_ND: Tensor, routing: ops.Routing) -> Tensor:
         """Weighted sum of the chosen experts' outputs -> y_ND."""
         where = routing.expert_NK, routing.weight_NK
-        return ops.expert_ffn(x_ND, *where, self.w_in_EDF, self.w_out_EFD, self.activation)
+        return ops.expert_ffn(x_ND, *where, self.w_in_EDF, self.w_out_EFD, self.activation, self.low_memory)
 
 
 class MoE(nn.Module):
@@ -51,7 +51,7 @@ class MoE(nn.Module):
         self.capacity_factor = config.capacity_factor
         sizes = {"dim": dim, "experts": config.experts, "top_k": config.top_k}
         self.router = build("supermoe.model.routers", config.router, **sizes)
-        self.experts = Experts(config.experts, dim, hidden, activation)
+        self.experts = Experts(config.experts, dim, hidden, activation, config.low_memory)
         self.shared = FeedForward(dim, config.shared_hidden, activation) if config.shared_hidden else None
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, ops.Routing]:
