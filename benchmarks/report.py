@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from supermoe.studies.seesaw_report import gain_rows, method_rows, metric_rows, optimal_rows
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "seesaw.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "seesaw.md", ROOT / "benchmarks" / "README.md"]
 
 
 def complete_journey(result: dict[str, Any]) -> list[list[str]]:
@@ -33,9 +34,34 @@ def train_step(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
+def moe_layer(result: dict[str, Any]) -> list[list[str]]:
+    """Time over that of a dense feed-forward of equal active FLOPs: geometric mean and range over the shapes."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for row in result["rows"]:
+        if row["contender"] != "dense":
+            ratios.setdefault((row["dtype"], row["contender"]), []).append(row["ratio"])
+    lines = [["dtype", "what", "shapes", "over dense", "best", "worst"]]
+    for (dtype, name), values in ratios.items():
+        mean, best, worst = (f"{f(values):.2f}" for f in (statistics.geometric_mean, min, max))
+        lines.append([dtype, name, str(len(values)), mean, best, worst])
+    return lines
+
+
+def attention(result: dict[str, Any]) -> list[list[str]]:
+    """Events per CPU second, packed and padded, and how many times faster packed is."""
+    lines = [["lengths of", "measure", "padded is empty to", "packed, events/s", "padded, events/s", "packed is"]]
+    for packed, padded in zip(result["rows"][::2], result["rows"][1::2], strict=True):
+        rates = [f"{row['tokens_per_cpu_second']:,.0f}" for row in (packed, padded)]
+        empty = f"{1 - packed['real_share']:.0%}"
+        lines.append([packed["data"], packed["measure"], empty, *rates, f"{padded['ratio']:.2f}x"])
+    return lines
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "complete_journey": complete_journey,
     "train_step": train_step,
+    "moe_layer": moe_layer,
+    "attention": attention,
 }
 # of a seesaw study, named seesaw_<study>__<part>
 SEESAW = {"methods": method_rows, "metrics": metric_rows, "gains": gain_rows, "optimal": optimal_rows}
