@@ -29,13 +29,14 @@ FULL: dict[str, Any] = {  # features, bags, a list field, full softmax
 }
 VARIANTS: dict[str, list[str]] = {
     "full softmax, features": [],
-    "many experts, large table by row": [
+    "16 bits, many experts, large table by row": [
         "data.fields.item={kind: category, hash_size: 30000}",
         "features={}",
         "model.activation=swiglu",
         "model.dim=64",
         "model.moe={experts: 32, top_k: 2, hidden: 96, shared_hidden: 32}",
         "training.table_optimizer=rowwise_adagrad",
+        "training.precision=bf16",
     ],
     "deep, few experts, accumulated": [
         "tasks={next: {type: next_item, label: {next: item, window: 28d}, negatives: 64}}",

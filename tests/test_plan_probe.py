@@ -4,33 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from plans import config_of
-from torch import nn
 
 from supermoe.studies import plan_probe
+from supermoe.studies.plan_live import Activations
 from supermoe.studies.plan_model import schema_of
-from supermoe.studies.plan_probe import Activations, LiveBytes, activations, follow, shape_of
-
-
-def test_live_bytes_follow_storages_not_views() -> None:
-    with LiveBytes() as live:
-        x = torch.ones(1000)
-        view = x[10:].view(9, 110)
-        assert live.now == 4000
-        del x
-        assert live.now == 4000
-        del view
-        assert live.now == 0
-    assert live.peak == 4000
-
-
-def test_finished_gradients_are_no_activations() -> None:
-    layer, x = nn.Linear(100, 100, bias=False), torch.ones(10, 100)
-    found = follow(layer, lambda: layer(x).square().sum())
-    assert found.order == ["weight"]
-    assert found.bytes_G[-1] < 3 * x.nbytes + layer.weight.nbytes
-    assert layer.weight.grad is not None
+from supermoe.studies.plan_probe import activations, shape_of
 
 
 def test_small_runs_tell_of_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,9 @@ from supermoe.studies.plan_cost import (
     state_numbers,
     table_numbers,
 )
-from supermoe.studies.plan_model import Blueprint, Counts, blueprint, count, linear_weights, schema_of
-from supermoe.studies.plan_probe import Activations, Shape, activations, shape_of, small_tables
+from supermoe.studies.plan_live import Activations
+from supermoe.studies.plan_model import Blueprint, Counts, blueprint, count, schema_of
+from supermoe.studies.plan_probe import Shape, activations, shape_of, small_tables
 from supermoe.typed_yaml import UserError, apply_override, validate
 
 RESERVE = 0.06  # of a device's memory: context, libraries, what the allocator cannot use
@@ -142,7 +143,7 @@ def memory_of(
     states += by_row * FP32 * sum(_rows(name, made) / _table_ranks(name, made, mesh) for name in counts.tables)
     average = FP32 * (numbers + counts.buffers) if config.training.ema else 0.0
     gradients = FP32 * (replicated / dense_ranks(mesh) + counts.experts / mesh.expert)
-    live_G, grads_G = _timeline(config, made, mesh, found)
+    live_G, grads_G = _timeline(made, mesh, found)
     if micro_batches(config, mesh) > 1:
         grads_G = np.full_like(grads_G, gradients)
     exchange = _exchange(config, made, mesh, shape, replicated)
@@ -160,36 +161,37 @@ def memory_of(
     )
 
 
-def _timeline(config: RunConfig, made: Blueprint, mesh: Mesh, found: Activations) -> tuple[np.ndarray, np.ndarray]:
-    """Activations up to each finished gradient, and the gradients finished by then, that one included."""
-    grads = [FP32 * _gradient(name, made, mesh) for name in found.order]
-    grads_G = np.cumsum([*grads, 0.0])
-    # Tables were small in the run. A whole one that is also a head's waits for its second gradient with the first.
+def _timeline(made: Blueprint, mesh: Mesh, found: Activations) -> tuple[np.ndarray, np.ndarray]:
+    """Activations up to each finished gradient, copies of weights among them, and the gradients finished before."""
+    size = np.array([FP32 * _gradient(name, made, mesh) for name in found.order])
+    table = np.array([is_table(name, made) for name in found.order])
+    # A table's gradient counts from its beginning: the run has it among the activations, but of a small table.
+    grads_G = np.cumsum([0.0, *size]) + np.append(size * table, 0.0)
+    # A whole table that is also a head's waits for its second gradient with the first.
     run = small_tables(made.schema).fields
     missing = sum(
         FP32 * made.model.config.dim * (field.size - run[name].size)
         for name, field in made.schema.fields.items()
         if name in _tied_fields(made) and not field_is_sharded(field.size, mesh)
     )
-    live_G = found.bytes_G + missing
-    if config.training.precision == "bf16":  # 16-bit copies of weights, of experts one for each pass
-        experts = sum(p.numel() for name, p in made.model.named_parameters() if _EXPERTS in name)
-        copies = 2 * (linear_weights(made.model) + 2 * experts / mesh.expert)
-        live_G = live_G + copies * np.linspace(1, 0, len(live_G))
-    return live_G, grads_G
+    weights_G = sum(per_number_G * _used(name, made, mesh) for name, per_number_G in found.weights.items())
+    return found.bytes_G + missing + weights_G, grads_G
 
 
 _EXPERTS = ".experts."  # in the names of their parameters
 
 
+def _used(name: str, made: Blueprint, mesh: Mesh) -> float:
+    """Numbers of a weight that one rank computes with; FSDP2 gathers those it has spread."""
+    size = made.model.get_parameter(name).numel()
+    return size / mesh.expert if _EXPERTS in name else size
+
+
 def _gradient(name: str, made: Blueprint, mesh: Mesh) -> float:
     """Numbers that the dense gradient of a parameter holds on one rank."""
-    size = made.model.get_parameter(name).numel()
-    if _EXPERTS in name:
-        return size / mesh.expert
     if is_table(name, made) and is_sharded(name, made, mesh):
         return 0.0  # sparse: among the activations
-    return size / dense_ranks(mesh)
+    return _used(name, made, mesh) / (1 if _EXPERTS in name else dense_ranks(mesh))
 
 
 def _rows(name: str, made: Blueprint) -> int:

@@ -1,68 +1,33 @@
 """Memory of activations, found by running the real model and losses at a small size and scaling what is seen.
 
 One step on a made-up batch is run on the CPU under a mode that follows every storage from its birth to its end. What
-lives at the moment each gradient is finished is linear in the batch's tokens, in the widths (dim and hidden sizes,
-scaled together) and in the number of experts, so sizes that are too large to run follow from those that are not.
-Layers, heads per layer, reads' lengths, tasks and objectives are those of the config.
+lives between finished gradients, copies of weights and their gradients left out, is linear in the batch's tokens, in
+the widths (dim and hidden sizes, scaled together) and, in routers, in the number of experts, so sizes that are too
+large to run follow from those that are not. Layers, heads per layer, reads' lengths, tasks and objectives are those of
+the config.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from supermoe.config import ModelConfig, RunConfig
 from supermoe.data.batch import Batch, Jagged, SetLabels
 from supermoe.data.schema import FIRST_ID, LabelSchema, Schema
 from supermoe.objectives.event_softmax import MAX_FULL_SOFTMAX
 from supermoe.objectives.objective import Objective
+from supermoe.studies.plan_live import Activations, follow
 from supermoe.studies.plan_model import Blueprint, blueprint
 from supermoe.typed_yaml import build
 
 MAX_TOKENS, MAX_DIM, MAX_EXPERTS = 512, 64, 8  # what is run as it is; larger sizes are scaled up to
 DAY = 86400
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators have made and that are still in use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def ignore(self, tensors: Any) -> None:
-        """Do not count these: they were there before."""
-        self._known |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage.data_ptr(), storage.nbytes()
-        if place in self._known or size == 0:
-            return
-        self._known.add(place)
-        self.now += size
-        weakref.finalize(storage, self._forget, place, size)
-
-    def _forget(self, place: int, size: int) -> None:
-        self._known.discard(place)
-        self.now -= size
 
 
 @dataclass(frozen=True)
@@ -84,17 +49,6 @@ class Shape:
         return self.num_reads * self.examples_per_read
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Most bytes of activations before the first gradient is finished, and between one finished gradient and the next.
-
-    `order` names the parameters in the order in which their gradients are finished.
-    """
-
-    bytes_G: np.ndarray  # [1 + len(order)]
-    order: list[str]
-
-
 def shape_of(config: RunConfig) -> Shape:
     """Reads as long as the model takes them, as many as the token budget holds, within the examples' budget."""
     length = min(config.model.max_events, config.training.tokens_per_batch)
@@ -108,19 +62,23 @@ def activations(config: RunConfig, schema: Schema, shape: Shape) -> Activations:
     few_steps = max(1, MAX_DIM // (4 * config.model.heads))
     few_reads = max(1, MAX_TOKENS // shape.length)
     experts = config.model.moe.experts
-    few_experts = max(MAX_EXPERTS, config.model.moe.top_k)
-    axes = [
-        _nodes(shape.num_reads, few_reads),
-        _nodes(steps, few_steps),
-        _nodes(experts, few_experts) if config.model.layers > config.model.dense_layers else [experts],
-    ]
-    runs = {
-        sizes: _run(_smaller(config, *sizes[1:]), schema, Shape(sizes[0], shape.length, shape.examples_per_read))
-        for sizes in product(*axes)
-    }
+    few_experts = min(experts, max(MAX_EXPERTS, config.model.moe.top_k))
+    axes = [_nodes(shape.num_reads, few_reads), _nodes(steps, few_steps)]
+
+    def run(num_reads: int, steps: int, experts: int, of: RunConfig = config) -> Activations:
+        return _run(_smaller(of, steps, experts), schema, replace(shape, num_reads=num_reads))
+
+    runs = {(reads, width): run(reads, width, few_experts) for reads, width in product(*axes)}
     found = {sizes: run.bytes_G for sizes, run in runs.items()}
-    bytes_G = _extrapolate(found, axes, (shape.num_reads, steps, experts))
-    return Activations(bytes_G, next(iter(runs.values())).order)
+    bytes_G = _extrapolate(found, axes, (shape.num_reads, steps))
+    if experts > few_experts and config.model.layers > config.model.dense_layers:
+        # Routers work in fp32, also under autocast; in 16 bits the CPU pads rows by experts, which would hide theirs.
+        fp32 = config.model_copy(update={"training": config.training.model_copy(update={"precision": "fp32"})})
+        num_reads, smallest = axes[0][0], axes[1][0]
+        less, more = (run(num_reads, smallest, n, fp32).bytes_G for n in (few_experts, 2 * few_experts))
+        bytes_G += (experts - few_experts) * (more - less) / few_experts * shape.num_reads / num_reads
+    first = next(iter(runs.values()))
+    return Activations(bytes_G, first.order, first.weights)
 
 
 def _nodes(size: int, few: int) -> list[int]:
@@ -129,7 +87,7 @@ def _nodes(size: int, few: int) -> list[int]:
 
 
 def _extrapolate(
-    found: dict[tuple[int, ...], np.ndarray], axes: list[list[int]], target: tuple[int, ...]
+    found: dict[tuple[int, int], np.ndarray], axes: list[list[int]], target: tuple[int, int]
 ) -> np.ndarray:
     """The product of lines through the runs' values, at the target."""
     total = np.zeros_like(next(iter(found.values())), dtype=float)
@@ -179,34 +137,6 @@ def micro_batch(config: RunConfig, model: Any, objective: Objective, batch: Batc
     with torch.autocast(batch.time_N.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
         output = model(batch)
         return objective.loss(model.heads, output, batch, objective.counts([batch]))[0]
-
-
-def follow(model: nn.Module, step: Callable[[], Tensor]) -> Activations:
-    """Run `step` and its backward pass; activations are what lives, less the gradients that are finished."""
-    peaks: list[int] = []
-    order: list[str] = []
-    live, finished = LiveBytes(), 0
-
-    def note(name: str, param: Tensor) -> None:
-        nonlocal finished
-        peaks.append(live.peak - finished)
-        order.append(name)
-        grad = param.grad
-        assert grad is not None
-        finished += grad.nbytes if grad.layout == torch.strided else 0
-        live.peak = live.now
-
-    hooks = [
-        param.register_post_accumulate_grad_hook(lambda p, name=name: note(name, p))
-        for name, param in model.named_parameters()
-    ]
-    live.ignore([*model.parameters(), *model.buffers()])
-    with live:
-        step().backward()
-    peaks.append(live.peak - finished)
-    for hook in hooks:
-        hook.remove()
-    return Activations(np.array(peaks), order)
 
 
 def small_tables(schema: Schema) -> Schema:
