@@ -63,7 +63,7 @@ def test_resamples_draw_as_many_users_as_there_are_and_do_not_depend_on_the_bloc
 
 
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
-    """Of 300 samples the 95 % interval holds the truth in 95 % +- 4 (three standard errors and the small sample's bias)."""
+    """Of 300 samples the 95 % interval holds the truth in 95 % +- 4 (three standard errors and some bias)."""
     rng = np.random.default_rng(1)
     weights = np.concatenate(list(resamples(80, 400, widest=1)))
     covered = 0
