@@ -41,7 +41,8 @@ def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.timeout(600)  # four starts of two processes
+@pytest.mark.slow  # four starts of two processes
+@pytest.mark.timeout(600)
 def test_a_run_survives_kills_and_sigterm(tmp_path: Path) -> None:
     """Rank 1 is killed after a step, rank 0 during a save; then rank 1 is told to end; then nothing happens."""
     moments = [(1, signal.SIGKILL, lambda: step(tmp_path) >= 2), (0, signal.SIGKILL, lambda: is_saving(tmp_path))]
