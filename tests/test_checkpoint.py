@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,23 @@ def test_training_does_not_wait_for_the_disk_and_a_copy_is_written(tmp_path: Pat
         pass
     checkpoints.load(checkpoints.folder / "step_00000001", state)
     assert torch.equal(state["model"]["w"], torch.ones(50, 3))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, None])
+def test_what_was_begun_is_whole_however_training_ends(tmp_path: Path, monkeypatch, error) -> None:
+    write = checkpoint.dcp.save
+
+    def slow_write(*args, **options):
+        time.sleep(0.2)
+        return write(*args, **options)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", slow_write)
+    checkpoints = make(tmp_path)
+    with contextlib.nullcontext() if error is None else pytest.raises(error), checkpoints.finished():
+        checkpoints.save(1, tensors(1.0), {})
+        if error is not None:
+            raise error
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step_00000001"]
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:

@@ -86,7 +86,12 @@ class Checkpoints:
     @contextlib.contextmanager
     def finished(self) -> Iterator[None]:
         """Leave the block only when all is written, also by an error, which then counts more."""
-        yield
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(UserError):
+                self.wait()
+            raise
         self.wait()
 
     def _write(self, step: int, state: dict[str, Any], manifest: dict[str, Any]) -> None:
