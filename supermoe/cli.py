@@ -40,6 +40,11 @@ def read_config(args: argparse.Namespace) -> RunConfig:
     return config
 
 
+def places(folder: Path, names: dict[str, str]) -> str:
+    """Where a command's outputs lie in a folder, one line each."""
+    return "\n".join(f"{name:12}{folder / path}" for name, path in names.items())
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a command; a `UserError` ends it with one paragraph on stderr and exit code 2."""
     try:

@@ -12,12 +12,9 @@ from supermoe.config import RunConfig, load_run
 from supermoe.data.disk import writing
 from supermoe.data.store import Store
 from supermoe.distributed.mesh import World, launched, start
-from supermoe.studies.baselines import boosting
-from supermoe.training.build import Run, build_run, wants_refit
-from supermoe.training.evaluation import Evaluation
-from supermoe.training.predictions import write_predictions
-from supermoe.training.refit import build_refit
-from supermoe.training.report import write_report
+from supermoe.studies.measurement import write_measurement
+from supermoe.training.build import build_run
+from supermoe.training.refit import final_run, unseen_run
 from supermoe.training.trainer import BEST
 from supermoe.typed_yaml import UserError
 
@@ -50,21 +47,11 @@ def evaluate(config: RunConfig, split: str | None = None, world: World | None = 
     if len(store.rows_of(split)) == 0:
         raise UserError(f"{config.store} holds no examples of the split {split}; choose another --split")
     run.trainer.resume()
-    measured = run
-    if split == "test" and wants_refit(run.config, run.store):
-        measured = build_refit(run)
-        measured.trainer.resume()
+    measured = unseen_run(run, final_run(run), split)
     evaluation = measured.evaluate(split)
-    world.first(lambda: report(run, measured, evaluation))
-
-
-def report(run: Run, measured: Run, evaluation: Evaluation) -> None:
-    """Rewrite predictions and report, and print the table."""
-    config = run.config
-    baseline = boosting(measured.store, run.tasks, evaluation.split) if config.report.boosting else {}
-    predictions = write_predictions(config.run / "predictions", run.store, measured.tasks, evaluation)
-    print(write_report(config.run, run.tasks, evaluation, baseline, run.facts(), config.report.plots))
-    print(f"\nreport      {config.run / 'report.md'}\npredictions {predictions}")
+    table = world.first(lambda: write_measurement(run, measured, evaluation))
+    paths = {"report": "report.md", "predictions": f"predictions/{split}"}
+    world.first(lambda: print(f"{table}\n\n{cli.places(config.run, paths)}"))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,11 @@ from supermoe.serving.card import CardFacts
 from supermoe.serving.export import export
 from supermoe.serving.population import Request
 from supermoe.serving.publication import make_room
-from supermoe.studies.baselines import boosting
-from supermoe.training.build import Run, build_run, wants_refit
+from supermoe.studies.measurement import write_measurement
+from supermoe.training.build import Run, build_run
 from supermoe.training.environment import write_environment
 from supermoe.training.evaluation import Evaluation
-from supermoe.training.predictions import write_predictions
-from supermoe.training.refit import build_refit
-from supermoe.training.report import write_report
+from supermoe.training.refit import final_run, unseen_run
 from supermoe.typed_yaml import build, dump, parse_instant
 
 DAY = 86_400
@@ -52,15 +50,21 @@ def train(config: RunConfig, source: Any = None, world: World | None = None) -> 
     run.trainer.resume()  # first: a run of another config is not touched
     world.first(lambda: describe(config))
     run.trainer.fit()
-    final = fit_again(run) if wants_refit(run.config, run.store) else run
-    measured = final if run.measured_split == "test" else run  # a model is not measured on what it was trained on
+    final = final_run(run)
+    if final is not run:
+        world.first(lambda: tqdm.write("training again, on train and validation examples"))
+        final.trainer.fit()
+    measured = unseen_run(run, final, run.measured_split)
     evaluation = measured.evaluate(run.measured_split)
-    table = world.first(lambda: conclude(run, measured, final, evaluation))
+    table = world.first(lambda: write_measurement(run, measured, evaluation))
+    world.first(lambda: save_model(final, evaluation))
     as_of = (parse_instant(store.summary["last_event"]) // DAY + 1) * DAY  # the midnight after the last event
     embeddings, request = config.run / "embeddings", Request(source, as_of).share(world.rank, world.size)
     world.first(lambda: make_room(embeddings, request.shards))
     export(artifact.Artifact.load(config.run / "model"), request, embeddings)
-    world.first(lambda: print(f"\n{table}\n\n{places(config, evaluation)}"))
+    paths = {"report": "report.md", "predictions": f"predictions/{evaluation.split}"}
+    paths |= {"model": "model", "embeddings": "embeddings"}
+    world.first(lambda: print(f"\n{table}\n\n{cli.places(config.run, paths)}"))
 
 
 def describe(config: RunConfig) -> None:
@@ -69,36 +73,9 @@ def describe(config: RunConfig) -> None:
     write_environment(config.run)
 
 
-def conclude(run: Run, measured: Run, final: Run, evaluation: Evaluation) -> str:
-    """Write predictions, report and model folder -> the report's table."""
-    config = run.config
-    baseline = boosting(measured.store, run.tasks, evaluation.split) if config.report.boosting else {}
-    write_predictions(config.run / "predictions", run.store, measured.tasks, evaluation)
-    table = write_report(config.run, run.tasks, evaluation, baseline, run.facts(), config.report.plots)
-    save_model(final, evaluation)
-    return table
-
-
-def places(config: RunConfig, evaluation: Evaluation) -> str:
-    """Where the outputs lie, one line each."""
-    paths = {"report": "report.md", "predictions": f"predictions/{evaluation.split}"}
-    paths |= {"model": "model", "embeddings": "embeddings"}
-    return "\n".join(f"{name:12}{config.run / path}" for name, path in paths.items())
-
-
-def fit_again(run: Run) -> Run:
-    """The run that has trained on validation examples as well."""
-    if run.trainer.world.is_first:
-        tqdm.write("training again, on train and validation examples")
-    final = build_refit(run)
-    final.trainer.resume()
-    final.trainer.fit()
-    return final
-
-
-def save_model(run: Run, evaluation: Evaluation) -> Any:
-    """Write the run's model folder and return its path."""
-    summary, folder = run.store.summary, run.config.run / "model"
+def save_model(run: Run, evaluation: Evaluation) -> None:
+    """Write the run's model folder."""
+    summary = run.store.summary
     facts = CardFacts(
         metrics=evaluation.metrics,
         split=evaluation.split,
@@ -108,7 +85,7 @@ def save_model(run: Run, evaluation: Evaluation) -> Any:
     )
     states = {name: task.state() for name, task in run.tasks.items()}
     artifact.save(
-        folder,
+        run.config.run / "model",
         run.best_model(),
         config=run.config,
         schema=run.store.schema,
@@ -117,7 +94,6 @@ def save_model(run: Run, evaluation: Evaluation) -> Any:
         vocab=run.store.vocab,
         facts=facts,
     )
-    return folder
 
 
 if __name__ == "__main__":

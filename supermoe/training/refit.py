@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from supermoe.data.merged import MergedStore
-from supermoe.training.build import Run, build_run
+from supermoe.training.build import Run, build_run, wants_refit
 
 FOLDER = "refit"  # in the run's folder
+
+
+def final_run(run: Run) -> Run:
+    """The run whose weights are published, standing where it was left: a refit if the config asks for one, or `run`."""
+    if not wants_refit(run.config, run.store):
+        return run
+    final = build_refit(run)
+    final.trainer.resume()
+    return final
+
+
+def unseen_run(run: Run, final: Run, split: str) -> Run:
+    """Which of a run and its final one can be measured on a split: the final one has trained on all but the test."""
+    return final if split == "test" else run
 
 
 def build_refit(run: Run) -> Run:
@@ -17,5 +31,11 @@ def build_refit(run: Run) -> Run:
     attributes = [name for name, task in told.items() if task.label.attribute is not None and task.eligible is None]
     store = MergedStore(run.store, attributes)
     folder, progress = run.config.run / FOLDER, run.trainer.progress
-    told_again = {"until": progress["best_share"], "replay": progress["evaluations"]}
-    return build_run(run.config, store, folder=folder, world=run.trainer.world, **told_again)
+    return build_run(
+        run.config,
+        store,
+        folder=folder,
+        until=progress["best_share"],
+        replay=progress["evaluations"],
+        world=run.trainer.world,
+    )
