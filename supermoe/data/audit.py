@@ -28,6 +28,7 @@ from supermoe.data.schema import FIRST_ID, Schema
 from supermoe.data.splits import DAY, SPLITS, Plan
 from supermoe.data.sql import quote
 from supermoe.data.staging import Staged
+from supermoe.data.store import is_asked
 from supermoe.typed_yaml import UserError, format_duration, format_instant
 
 BLOCK = 1_000_000  # events or examples looked at at a time
@@ -260,11 +261,9 @@ def _names(store: _Evidence, rows: np.ndarray) -> dict[int, str]:
 
 def _asked(store: _Evidence, task: str) -> np.ndarray:
     """Bool per example: does it have a label."""
-    kind = store.schema.labels[task].kind
-    if kind == "set":
+    if store.schema.labels[task].kind == "set":
         return store.read(f"examples/labels/{task}.asked")
-    values = store.read(f"examples/labels/{task}")
-    return ~np.isnan(values) if kind == "number" else values >= 0
+    return is_asked(store.read(f"examples/labels/{task}"))
 
 
 def _dates(store: _Evidence) -> Iterator[str]:

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from supermoe.data.splits import SPLITS
-from supermoe.data.store import Examples, IdLists, Store
+from supermoe.data.store import Examples, IdLists, Store, is_asked
 
 
 class MergedStore(Store):
@@ -41,12 +41,9 @@ class MergedStore(Store):
 
     def _of_users(self, label: np.ndarray) -> np.ndarray:
         """The label of each user, at all of the user's training cuts."""
-        user, missing = (
-            np.asarray(self.examples.user),
-            np.array([np.nan if label.dtype.kind == "f" else -1], label.dtype),
-        )
+        user = np.asarray(self.examples.user)
         training = np.asarray(self.examples.split) == SPLITS["train"]
-        asked = training & (~np.isnan(label) if label.dtype.kind == "f" else label >= 0)
-        label_U = np.full(len(self.offsets_U) - 1, missing)
+        asked = training & is_asked(label)
+        label_U = np.full(len(self.offsets_U) - 1, np.nan if label.dtype.kind == "f" else -1, label.dtype)
         label_U[user[asked]] = label[asked]
         return np.where(training, label_U[user], label)

@@ -43,6 +43,13 @@ class IdLists:
     asked: np.ndarray | None = None  # bool [n]
 
 
+def is_asked(label: np.ndarray | IdLists) -> np.ndarray:
+    """Which examples have a label: a number, the id of a class, or a set that is asked, be it empty -> bool [n]."""
+    if isinstance(label, IdLists):
+        return np.asarray(label.asked)
+    return ~np.isnan(label) if label.dtype.kind == "f" else label >= 0
+
+
 @dataclass(frozen=True)
 class Examples:
     """The questions, sorted by (user, cut): user row, cut in seconds UTC, number of events before it, split code."""

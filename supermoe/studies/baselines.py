@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from supermoe.data.batches import label_rows
 from supermoe.data.schema import FIRST_ID
-from supermoe.data.store import SPLITS, IdLists, Store
+from supermoe.data.store import SPLITS, IdLists, Store, is_asked
 from supermoe.typed_yaml import UserError
 
 BAG_DIRECTIONS = 32  # singular vectors of every bag's TF-IDF matrix
@@ -83,14 +83,13 @@ def _inputs(store: Store, train: NDArray) -> NDArray:
 def _trees(inputs: NDArray, task: Any, label: NDArray, train: NDArray, test: NDArray) -> dict[str, NDArray]:
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
-    is_class = label.dtype.kind == "i"
-    rows = train[label[train] >= 0 if is_class else ~np.isnan(label[train])]
+    rows = train[is_asked(label[train])]
     if task.config.type == "regression":
         return {"score": HistGradientBoostingRegressor(**TREES).fit(inputs[rows], label[rows]).predict(inputs[test])}
     trees = TREES if len(np.unique(label[rows])) == 2 else TREES | FEWER_TREES
     model = HistGradientBoostingClassifier(**trees).fit(inputs[rows], label[rows])
     probability = model.predict_proba(inputs[test])
-    if not is_class:
+    if label.dtype.kind == "f":
         return {"score": probability[:, 1]}
     scores = np.zeros((len(test), task.label.num_classes))
     scores[:, model.classes_] = probability
@@ -100,7 +99,7 @@ def _trees(inputs: NDArray, task: Any, label: NDArray, train: NDArray, test: NDA
 def _ridge(inputs: NDArray, task: Any, label: IdLists, train: NDArray, test: NDArray) -> dict[str, NDArray]:
     from sklearn.linear_model import Ridge
 
-    rows = train[np.asarray(label.asked)[train]]
+    rows = train[is_asked(label)[train]]
     center, spread = np.nanmean(inputs[rows], axis=0), np.nanstd(inputs[rows], axis=0)
     scaled = np.nan_to_num((inputs - center) / np.where(spread > 1e-6, spread, 1.0))
     target = _matrix(label, task.label.num_classes)[rows].toarray()
