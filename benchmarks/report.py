@@ -25,6 +25,16 @@ def complete_journey(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
+def quickstart(result: dict[str, Any]) -> list[list[str]]:
+    """Test metric by task, beside prior and boosting."""
+    lines = [["task", "examples", "metric", "supermoe", "prior", "boosting"]]
+    for name, task in result["rows"][0]["tasks"].items():
+        main = task["main_metric"]
+        values = [f"{task[which][main]:.3f}" for which in ("metrics", "prior", "boosting")]
+        lines.append([name, str(task["examples"]), main, *values])
+    return lines
+
+
 def train_step(result: dict[str, Any]) -> list[list[str]]:
     """Rate and memory of every contender and measure, and how many times faster ours is."""
     lines = [["contender", "measure", "per CPU second", "supermoe is", "peak MB"]]
@@ -58,6 +68,7 @@ def attention(result: dict[str, Any]) -> list[list[str]]:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
+    "quickstart": quickstart,
     "complete_journey": complete_journey,
     "train_step": train_step,
     "moe_layer": moe_layer,

@@ -36,6 +36,7 @@ def write_report(
         "selection": evaluation.selection,
         "tasks": {
             name: {
+                "examples": _num_examples(evaluation, name),
                 "main_metric": task.main_metric,
                 "metrics": evaluation.metrics[name],
                 "prior": evaluation.prior[name],
@@ -67,8 +68,13 @@ def table_rows(
             boosting.get(name, {}).get(main),
             evaluation.gains[name],
         )
-        rows.append((name, str(int(asked(evaluation.labels[name]).sum())), main, *map(_number, numbers)))
+        rows.append((name, str(_num_examples(evaluation, name)), main, *map(_number, numbers)))
     return rows
+
+
+def _num_examples(evaluation: Evaluation, task: str) -> int:
+    """Those that have a label."""
+    return int(asked(evaluation.labels[task]).sum())
 
 
 def text_table(rows: list[tuple[str, ...]]) -> str:

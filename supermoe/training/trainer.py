@@ -106,9 +106,16 @@ class Trainer:
                 stacklevel=2,
             )
         self.step = 0
-        self.progress: dict[str, Any] = {"best_step": None, "best_share": 1.0, "best_gain": None, "unimproved": 0}
-        self.progress |= {"minutes": 0.0, "finished": False}
-        self.progress |= {"evaluations": [], "replayed": 0}  # [share of the schedule, gains by task] each
+        self.progress: dict[str, Any] = {
+            "minutes": 0.0,
+            "finished": False,
+            "best_step": None,
+            "best_share": 1.0,
+            "best_gain": None,
+            "unimproved": 0,
+            "evaluations": [],  # [share of the schedule, gains by task] each
+            "replayed": 0,
+        }
         self._take_steps_of(config.accumulate or self.world.size)
         self._terminated = False
 
@@ -138,7 +145,7 @@ class Trainer:
         bar = tqdm(total=self.num_steps, initial=self.step, desc="train", unit=" steps", mininterval=1, leave=False)
         bar.disable = bar.disable or not self.world.is_first
         try:
-            with self.world.watch(lambda: f"step {self.step + 1}"), self.checkpoints.finished():
+            with self.checkpoints.finished(), self.world.watch(lambda: f"step {self.step + 1}"):
                 self._loop(started, log, bar)
         finally:
             bar.close()
