@@ -122,14 +122,19 @@ class Seat:
     def __init__(self, module: str):
         self.module = module
 
+    @property
+    def wanted(self) -> str:
+        """What to write here."""
+        names = ", ".join(sorted(importlib.import_module(self.module).REGISTRY))
+        return f"a mapping with a key 'type', one of: {names}, or package.module:Class"
+
     def _validate(self, value: Any) -> Config:
         if isinstance(value, Config):
             return value
         if isinstance(value, str):
             value = {"type": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
-            names = ", ".join(sorted(importlib.import_module(self.module).REGISTRY))
-            raise ValueError(f"expected a mapping with a key 'type', one of: {names}, or package.module:Class")
+            raise ValueError(f"expected {self.wanted}")
         cls: Any = resolve(self.module, value["type"])
         return validate_inside(cls.Config, value)
 
@@ -159,7 +164,7 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, 
         elif line["type"] == "extra_forbidden":
             found.append((key, f"unknown key, {nearest(str(line['loc'][-1]), _siblings(model, line['loc'][:-1]))}"))
         elif line["type"] == "missing":
-            found.append((key, "is required"))
+            found.append((key, f"is required{_choices(model, line['loc'])}"))
         else:
             text = line["msg"].removeprefix("Value error, ")
             is_told = "got" in text or isinstance(line["input"], Mapping)
@@ -175,8 +180,20 @@ def validate_inside(model: type[Config], raw: Mapping) -> Any:
         raise PydanticCustomError("nested", "invalid", {"problems": problems(error, model)}) from None
 
 
+def _choices(model: Any, path: tuple) -> str:
+    """What may sit at `path` inside `model`, where that is a seat."""
+    field = getattr(_model_at(model, path[:-1]), "model_fields", {}).get(path[-1])
+    seats = [seat for seat in getattr(field, "metadata", ()) if isinstance(seat, Seat)]
+    return f"; give {seats[0].wanted}" if seats else ""
+
+
 def _siblings(model: Any, path: tuple) -> list[str]:
     """Names of the keys allowed at `path` inside `model`."""
+    return list(getattr(_model_at(model, path), "model_fields", {}))
+
+
+def _model_at(model: Any, path: tuple) -> Any:
+    """The config class at `path` inside `model`."""
     for part in path:
         field = getattr(model, "model_fields", {}).get(part)
         annotation = field.annotation if field else None
@@ -185,7 +202,7 @@ def _siblings(model: Any, path: tuple) -> list[str]:
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         candidates += [a for c in candidates for a in getattr(c, "__args__", ())]
         model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
-    return list(getattr(model, "model_fields", {}))
+    return model
 
 
 class _Loader(yaml.SafeLoader):

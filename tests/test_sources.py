@@ -129,6 +129,37 @@ def test_fingerprint_follows_the_file(tmp_path):
     assert Frames(pd.DataFrame({"user": [1], "time": [DAY]})).fingerprint() is None
 
 
+def test_decimal_commas_and_words_for_nothing_are_read_as_told(tmp_path):
+    path = write(tmp_path / "e.csv", "user;time;x\n1;2020-01-01;3,50\n1;2020-01-01;NA\n1;2020-01-01;\n")
+    source = files(tmp_path, events={"path": path, "decimal": ",", "nulls": ["NA"]})
+    assert rows(source, "x") == [(3.5,), (None,), (None,)]
+    pq.write_table(pa.table({"user": [1], "time": [DAY]}), tmp_path / "e.parquet")
+    with pytest.raises(UserError, match=r"data\.source\.events\[0\]: decimal and nulls are for CSV"):
+        attach(files(tmp_path, events={"path": str(tmp_path / "e.parquet"), "nulls": ["NA"]}))
+
+
+def test_an_empty_csv_column_takes_any_type(tmp_path):
+    empty = write(tmp_path / "a.csv", "user,time,x,y\n1,2020-01-01,,\n")
+    other = write(tmp_path / "b.csv", "user,time,x\n1,2020-01-02,1.5\n")
+    assert rows(files(tmp_path, events=[empty, other]), "x") == [(None,), (1.5,)]
+    con, tables = attach(files(tmp_path, events=[empty, other]))
+    assert {row[0]: row[1] for row in con.execute(f"DESCRIBE {tables.events}").fetchall()}["y"] == '"NULL"'
+
+
+def test_a_csv_column_that_begins_empty_has_the_type_of_its_later_values(tmp_path):
+    late = "1,2020-01-01,\n" * 21_000 + "1,2020-01-01,2.5\n"
+    path = write(tmp_path / "e.csv", f"user,time,x\n{late}")
+    assert rows(files(tmp_path, events=path), "x")[-1] == (2.5,)
+
+
+def test_whole_decimals_are_user_ids(tmp_path):
+    kinds = {pa.decimal128(18, 0): 7, pa.decimal128(38, 0): "7"}
+    for number, (kind, id_) in enumerate(kinds.items()):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"user": pa.array([7], kind), "time": [DAY]}), path)
+        assert rows(files(tmp_path, events=str(path)), '"user"') == [(id_,)]
+
+
 @pytest.mark.parametrize("kind", ["pandas", "arrow", "relation"])
 def test_frames_of_every_kind(kind):
     frame = pd.DataFrame({"customer": ["b", "a"], "time": [DAY, DAY], "n": pd.Categorical(["x", "y"])})
@@ -194,7 +225,32 @@ REFUSED = {
     "wrong unit": (
         {"e.csv": "user,time\n1,1577836800000\n"},
         {"events": {"path": "e.csv", "time_unit": "s"}},
-        ["row 1", "1700 and 2262", "time_unit"],
+        ["row 1", "1577836800000 counts ms since 1970 and not s", "time_unit: ms"],
+    ),
+    "seconds read as milliseconds": (
+        {"e.csv": "user,time\n1,1577836800\n1,1577836801.5\n"},
+        {"events": {"path": "e.csv", "time_unit": "ms"}},
+        ["row 1", "1577836800 counts s since 1970 and not ms", "time_unit: s"],
+    ),
+    "one number beyond time": (
+        {"e.csv": "user,time\n1,1577836800\n2,1577836800000\n"},
+        {"events": {"path": "e.csv", "time_unit": "s"}},
+        ["row 2", "1700 and 2262", "time_unit"],
+    ),
+    "German dates without a format": (
+        {"e.csv": "user,time\n1,31.12.2019\n"},
+        {"events": "e.csv"},
+        ["row 1", "'31.12.2019' is no time", "time_format: '%d.%m.%Y'"],
+    ),
+    "a date that does not fit the format": (
+        {"e.csv": "user,time\n1,31.12.2019\n1,12/31/2019\n"},
+        {"events": {"path": "e.csv", "time_format": "%d.%m.%Y"}},
+        ["row 2", "'12/31/2019'", "time_format: '%d.%m.%Y'"],
+    ),
+    "a format of unknown letters": (
+        {"e.csv": GOOD},
+        {"events": {"path": "e.csv", "time_format": "%Q"}},
+        ["events[0].time_format: '%Q'", "format specifier"],
     ),
     "unknown zone": (
         {"e.csv": GOOD},

@@ -7,13 +7,12 @@ from types import MappingProxyType
 from typing import Any
 
 from supermoe.config import FieldConfig
-from supermoe.data.sql import FLOATS, INTEGERS, WIDE_INTEGERS, quote
+from supermoe.data.sql import EMPTY, FLOATS, INTEGERS, WIDE_INTEGERS, is_number, quote
 from supermoe.typed_yaml import UserError, nearest
 
 OWN_COLUMNS = ("user", "time", "file_order")  # of a source's events; all others are the log's own
 NULLS = MappingProxyType({"category": "VARCHAR", "categories": "VARCHAR[]", "number": "DOUBLE"})  # their types
 NOT_IN_PARQUET = re.compile(r"\b(U?HUGEINT|BIGNUM|BIT|INTERVAL|TIME WITH|UNION|VARIANT)\b")
-EMPTY = '"NULL"'  # type of a frame's column without any value
 
 
 def choose_fields(
@@ -49,10 +48,10 @@ def check_kind(name: str, type_name: str, kind: str) -> None:
     if type_name == EMPTY:
         return
     is_list = type_name.endswith("[]")
-    is_number = type_name in (*INTEGERS, *WIDE_INTEGERS, *FLOATS, "BOOLEAN") or type_name.startswith("DECIMAL")
-    if kind == "number" and not is_number:
+    if kind == "number" and not is_number(type_name) and type_name != "BOOLEAN":
         raise UserError(
-            f"data.fields.{name}: the column is {type_name}, not a number; use kind category, or convert it."
+            f"data.fields.{name}: the column is {type_name}, not a number; use kind category, or write numbers. Of CSV "
+            f"the source is told what its numbers look like: decimal: ',' and nulls: [NA]."
         )
     if is_list != (kind == "categories"):
         other = "categories" if is_list else "category"
@@ -64,10 +63,16 @@ def _infer(columns: dict[str, str]) -> tuple[dict[str, FieldConfig], list[str]]:
     for name, type_name in columns.items():
         kind = _kind_of(type_name)
         if kind is None:
-            notes.append(f"the column '{name}' ({type_name}) is no input; labels and features may use it in their SQL")
+            notes.append(_passed_over(name, type_name))
         else:
             fields[name] = FieldConfig(kind=kind)
     return fields, notes
+
+
+def _passed_over(name: str, type_name: str) -> str:
+    if type_name == EMPTY:
+        return f"the column '{name}' holds no value at all, so it is no input"
+    return f"the column '{name}' ({type_name}) is no input; labels and features may use it in their SQL"
 
 
 def _kind_of(type_name: str) -> Any:

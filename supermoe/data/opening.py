@@ -7,16 +7,25 @@ import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
+from pydantic import Field
 
-from supermoe.data.sql import complaint, quote, text
-from supermoe.typed_yaml import UserError
+from supermoe.data.sql import EMPTY, complaint, quote, text
+from supermoe.typed_yaml import Config, UserError
 
 PARQUET, CSV = (".parquet", ".pq"), (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst")
 DELIMITERS = (",", ";", "\t", "|")
+SNIFFED = 20_480  # rows of a CSV file that DuckDB takes the types from
 WHOLE_LINES = "header=false, auto_detect=false, delim='\x01', quote='', escape='', columns={'line': 'VARCHAR'}"
+
+
+class CsvReading(Config):
+    """What the values of a CSV file look like."""
+
+    decimal: Literal[".", ","] = "."
+    nulls: list[str] = Field(default_factory=list)  # what stands for nothing, beside the empty text
 
 
 @dataclass(frozen=True)
@@ -59,18 +68,31 @@ def _is_parquet(name: str, key: str) -> bool:
     return name.lower().endswith(PARQUET)
 
 
-def open_files(con: duckdb.DuckDBPyConnection, path: str, key: str, time_column: str | None = None) -> Raw:
+def open_files(
+    con: duckdb.DuckDBPyConnection,
+    path: str,
+    key: str,
+    time_column: str | None = None,
+    reading: CsvReading | None = None,
+) -> Raw:
     """Look at the columns of a file set; in CSV the column `time_column` is left as text, for us to read."""
     files = find_files(path, key)
     is_parquet = _is_parquet(files[0], key)
+    reading = reading or CsvReading()
     if is_parquet:
+        if reading != CsvReading():
+            raise UserError(f"{key}: decimal and nulls are for CSV, but {path} is Parquet; remove them.")
         for name in files:
             _check_names(_parquet_names(con, name, key), name, key)
         listed = ", ".join(map(text, files))
         scan, order = f"read_parquet([{listed}], union_by_name=true)", "(file_index::BIGINT << 40) + file_row_number"
     else:
-        scan, order = _csv_scan(con, files, key), "row_number() OVER () - 1"
+        scan, order = _csv_scan(con, files, key, reading), "row_number() OVER () - 1"
     types = _types(con, scan, path, key)
+    if not is_parquet and _empty_texts(con, f"(FROM {scan} LIMIT {SNIFFED})", types):
+        scan = f"{scan[:-1]}, sample_size=-1)"  # the type of what begins without values is told by all rows only
+        types = _types(con, scan, path, key)
+        types |= dict.fromkeys(_empty_texts(con, scan, types), EMPTY)
     if not is_parquet and time_column in types:
         scan = f"{scan[:-1]}, types={{{text(str(time_column))}: 'VARCHAR'}})"
         types[str(time_column)] = "VARCHAR"
@@ -99,6 +121,15 @@ def _types(con: duckdb.DuckDBPyConnection, scan: str, place: str, key: str) -> d
         raise UserError(f"{key}: cannot read {place}: {complaint(error)}") from None
 
 
+def _empty_texts(con: duckdb.DuckDBPyConnection, rows: str, types: dict[str, str]) -> list[str]:
+    """Text columns without any value in these rows of CSV: nothing tells what they are."""
+    texts = [name for name, kind in types.items() if kind == "VARCHAR"]
+    if not texts:
+        return []
+    counts = con.execute(f"SELECT {', '.join(f'count({quote(name)})' for name in texts)} FROM {rows}").fetchall()[0]
+    return [name for name, count in zip(texts, counts, strict=True) if count == 0]
+
+
 def _parquet_names(con: duckdb.DuckDBPyConnection, name: str, key: str) -> list[str]:
     """Top-level columns as the file calls them; DuckDB itself would rename duplicates silently."""
     try:
@@ -120,7 +151,7 @@ def _skip(rows: Iterator[tuple[str, int]], count: int) -> None:
         _skip(rows, next(rows)[1] or 0)
 
 
-def _csv_scan(con: duckdb.DuckDBPyConnection, files: list[str], key: str) -> str:
+def _csv_scan(con: duckdb.DuckDBPyConnection, files: list[str], key: str, reading: CsvReading) -> str:
     """read_csv of files whose first lines tell names and delimiter; text with a delimiter in it stands in quotes.
 
     DuckDB would guess all this from the first rows, and so skip a header that a broken row does not fit, and take
@@ -139,7 +170,9 @@ def _csv_scan(con: duckdb.DuckDBPyConnection, files: list[str], key: str) -> str
             f"{key}: {' and '.join(options.values())} part their columns by different signs; write them alike."
         )
     (dialect,) = options
-    scan = f"read_csv([{', '.join(map(text, files))}], union_by_name=true, {dialect})"
+    nulls = ", ".join(map(text, ["", *reading.nulls]))
+    values = f"nullstr=[{nulls}], decimal_separator='{reading.decimal}'"
+    scan = f"read_csv([{', '.join(map(text, files))}], union_by_name=true, {dialect}, {values})"
     try:
         con.execute(f"DESCRIBE SELECT * FROM {scan}")
     except duckdb.Error:  # the types cannot be guessed where a row is broken; reading text tells which one

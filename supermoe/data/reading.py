@@ -5,6 +5,7 @@ Every complaint names the config key, the file, the row and the column, and says
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,19 @@ import duckdb
 from pydantic import Field
 
 from supermoe.data.opening import Raw
-from supermoe.data.sql import FLOATS, INTEGERS, WIDE_INTEGERS, complaint, quote
-from supermoe.data.times import EARLIEST, LATEST, TimeReading, has_zone_sql, may_mix_zones, time_sql
+from supermoe.data.sql import EMPTY, FLOATS, INTEGERS, WIDE_INTEGERS, complaint, quote
+from supermoe.data.times import (
+    EARLIEST,
+    LATEST,
+    TimeReading,
+    has_zone_sql,
+    likely_unit,
+    may_mix_zones,
+    number_sql,
+    of_our_days_sql,
+    time_sql,
+    unread_remedy,
+)
 from supermoe.typed_yaml import Config, UserError, nearest
 
 # names that the log's views, the examples and the store use for themselves
@@ -111,6 +123,8 @@ def _names(raw: Raw, config: Columns, required: tuple[str, ...]) -> dict[str, st
 
 def _column_sql(column: str, type_name: str) -> str:
     name = quote(column)
+    if type_name == EMPTY:  # so that the column has the type that other tables give it
+        return "NULL"
     return f"CASE WHEN isnan({name}) THEN NULL ELSE {name} END" if type_name in FLOATS else name
 
 
@@ -119,7 +133,10 @@ def _user_sql(raw: Raw, column: str) -> tuple[str, str]:
     type_name, name = raw.types[column], _column_sql(column, raw.types[column])
     if type_name in (*INTEGERS, *FLOATS):  # floats are what pandas makes of whole numbers with gaps
         return f"TRY_CAST({name} AS BIGINT)", "BIGINT"
-    if type_name in ("VARCHAR", "UUID", *WIDE_INTEGERS, '"NULL"') or type_name.startswith("ENUM"):
+    whole = re.fullmatch(r"DECIMAL\((\d+),0\)", type_name)
+    if whole and int(whole[1]) <= 18:
+        return f"CAST({name} AS BIGINT)", "BIGINT"
+    if whole or type_name in ("VARCHAR", "UUID", *WIDE_INTEGERS, EMPTY) or type_name.startswith("ENUM"):
         return f"CAST({name} AS VARCHAR)", "VARCHAR"
     raise UserError(
         f"{raw.key}: the user column '{column}' of {raw.place} is {type_name}; ids are whole numbers or text."
@@ -161,6 +178,9 @@ class _Checks:
                 num_null_users = count
             elif check.kind == "zone":
                 self._compare_zones(check.column, check.condition, count)
+            elif check.kind == "unit":
+                if count == found[0]:
+                    self._suggest_unit(check.column, check.condition)
             elif count:
                 file, row, value = self._first(check.column, check.condition)
                 more = f" ({count} such rows in all)" if count > 1 else ""
@@ -184,27 +204,41 @@ class _Checks:
             checks.append(_Check(theirs, f"({self.columns['user']}) IS NULL", dropping, "null"))
         if ours == "time" and isinstance(self.config, TimedColumns):
             time = self.columns["time"]
+            if self.config.time_unit is not None:
+                number = number_sql(theirs, type_name, self.config, self.raw.place)
+                checks.append(_Check(theirs, f"NOT {of_our_days_sql(number, self.config.time_unit)}", "", "unit"))
             unread = f"coalesce({time} NOT BETWEEN TIMESTAMP '{EARLIEST}' AND TIMESTAMP '{LATEST}', true)"
-            iso = (
-                "is no time between 1700 and 2262; write ISO times such as 2017-11-05T12:00:00, or set time_unit right"
-            )
-            checks.append(_Check(theirs, unread, iso))
+            checks.append(_Check(theirs, unread, unread_remedy(self.config)))
             if may_mix_zones(type_name, self.config):
                 checks.append(_Check(theirs, has_zone_sql(theirs), "", "zone"))
         return checks
 
     def _count(self, sql: str) -> tuple[int, ...]:
-        """Run the one scan; what fails is the file's content, the `where` condition, or the name of the zone."""
+        """Run the one scan; what fails is the file's content, the `where` condition, or how times are to be read."""
         try:
             return self.con.execute(sql).fetchall()[0]
         except duckdb.Error as error:
             where, zone = getattr(self.config, "where", None), getattr(self.config, "time_zone", None)
+            time_format = getattr(self.config, "time_format", None)
             place = f"{self.raw.key}: {self.raw.place} cannot be read"
             if where and isinstance(error, duckdb.BinderException | duckdb.ParserException | duckdb.CatalogException):
                 place = f"{self.raw.key}.where: the condition '{where}' does not fit {self.raw.place}"
             elif zone and zone in str(error):
                 place = f"{self.raw.key}.time_zone"
+            elif time_format and "format specifier" in str(error):
+                place = f"{self.raw.key}.time_format: '{time_format}'"
             raise UserError(f"{place}: {complaint(error)}") from None
+
+    def _suggest_unit(self, column: str, condition: str) -> None:
+        """Refuse numbers none of which is a time of our days in the declared unit, where another unit makes it one."""
+        assert isinstance(self.config, TimedColumns)
+        file, row, value = self._first(column, condition)
+        unit = likely_unit(float(value or 0))
+        if unit is not None:
+            raise UserError(
+                f"{self.raw.key}: {file}, row {row}, column '{column}': the value {value} counts {unit} since 1970 and "
+                f"not {self.config.time_unit}, as do all others; set time_unit: {unit}."
+            )
 
     def _compare_zones(self, column: str, zoned: str, num_zoned: int) -> None:
         """Refuse text times of which some carry a zone and some do not."""

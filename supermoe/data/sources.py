@@ -15,33 +15,33 @@ from pydantic import Field, field_validator
 
 from supermoe import typed_yaml
 from supermoe.data.datasets import CompleteJourney, MovieLens
-from supermoe.data.opening import Raw, find_files, open_files, open_frame
+from supermoe.data.opening import CsvReading, Raw, find_files, open_files, open_frame
 from supermoe.data.reading import Columns, TimedColumns
 from supermoe.data.synthetic import Synthetic
 from supermoe.data.tables import EventTable, ItemTable, SourceTables, attach
 from supermoe.typed_yaml import UserError, nearest, validate
 
 
-class EventFiles(TimedColumns):
+class EventFiles(TimedColumns, CsvReading):
     """One set of event files; `event` is the type of its rows where no column says so."""
 
     path: str
     event: str | None = None
 
 
-class TableFiles(TimedColumns):
+class TableFiles(TimedColumns, CsvReading):
     """Files of a further table with a user and a time, to take labels from."""
 
     path: str
 
 
-class UserFiles(Columns):
+class UserFiles(Columns, CsvReading):
     """Files with one row per user."""
 
     path: str
 
 
-class ItemFiles(Columns):
+class ItemFiles(Columns, CsvReading):
     """Files with one row per item, joined onto the events by `key`."""
 
     path: str
@@ -106,7 +106,8 @@ def _numbered(events: list[EventFiles]) -> list[tuple[str, EventFiles]]:
 
 def _open(con: duckdb.DuckDBPyConnection, item: Any, place: str) -> Raw:
     time_column = item.columns.get("time", "time") if isinstance(item, TimedColumns) else None
-    return open_files(con, item.path, f"data.source.{place}", time_column)
+    reading = CsvReading(decimal=item.decimal, nulls=item.nulls)
+    return open_files(con, item.path, f"data.source.{place}", time_column, reading)
 
 
 class Frames:
@@ -129,12 +130,14 @@ class Frames:
         item_key: str | None = None,
         time_zone: str | None = None,
         time_unit: Any = None,
+        time_format: str | None = None,
         drop_null_users: bool = False,
     ):
         self.events = dict(events) if isinstance(events, Mapping) else {None: events}
         self.users, self.items, self.tables = users, items, dict(tables or {})
         self.columns, self.item_key = dict(columns or {}), item_key
-        self.time_zone, self.time_unit, self.drop_null_users = time_zone, time_unit, drop_null_users
+        self.timed = {"time_zone": time_zone, "time_unit": time_unit, "time_format": time_format}
+        self.drop_null_users = drop_null_users
         if (items is None) != (item_key is None):
             raise UserError(
                 "Frames: items and item_key go together: the items table is joined onto the events by that column."
@@ -162,7 +165,7 @@ class Frames:
     def _open(self, con: duckdb.DuckDBPyConnection, frame: Any, key: str, model: type[Columns]) -> tuple[Raw, Any]:
         raw = open_frame(con, frame, f"frame_{key}", key)
         columns = {ours: theirs for ours, theirs in self.columns.items() if theirs in raw.types}
-        timed = {"time_zone": self.time_zone, "time_unit": self.time_unit} if model is TimedColumns else {}
+        timed = self.timed if model is TimedColumns else {}
         return raw, validate(model, {"columns": columns, **timed}, "Frames")
 
     def fingerprint(self) -> None:

@@ -5,6 +5,12 @@ from __future__ import annotations
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")  # that fit into BIGINT
 WIDE_INTEGERS = ("UBIGINT", "HUGEINT", "UHUGEINT")
 FLOATS = ("FLOAT", "DOUBLE")
+EMPTY = '"NULL"'  # of a column without any value
+
+
+def is_number(type_name: str) -> bool:
+    """Whether values of a DuckDB type are numbers, of any width."""
+    return type_name in (*INTEGERS, *WIDE_INTEGERS, *FLOATS) or type_name.startswith("DECIMAL")
 
 
 def quote(name: str) -> str:

@@ -12,6 +12,7 @@ import duckdb
 
 from supermoe.config import DataConfig, FieldConfig
 from supermoe.data.fields import OWN_COLUMNS, check_kind, choose_fields, stored_sql
+from supermoe.data.numerals import suspect
 from supermoe.data.sorting import NUMBERING, sort_log
 from supermoe.data.sql import complaint, quote, text
 from supermoe.data.tables import SourceTables
@@ -68,7 +69,10 @@ def stage(con: duckdb.DuckDBPyConnection, source: SourceTables, config: DataConf
     fields, notes = choose_fields(config.fields, _types(con, source.events), len(event_types))
     if source.num_null_users:
         notes.append(f"{source.num_null_users} rows without a user were left out (drop_null_users)")
-    return _stage(con, source, fields, event_types, scratch, [*source.notes, *notes])
+    staged = _stage(con, source, fields, event_types, scratch, [*source.notes, *notes])
+    inferred = [name for name in fields if name not in {*config.fields, "event"}]
+    texts = [name for name in inferred if staged.column_types[name] == "VARCHAR"]
+    return replace(staged, notes=(*staged.notes, *suspect(con, texts)))
 
 
 def stage_serving(

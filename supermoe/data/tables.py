@@ -9,7 +9,7 @@ import duckdb
 
 from supermoe.data.opening import Raw
 from supermoe.data.reading import Columns, Readable, TimedColumns, read
-from supermoe.data.sql import quote, text
+from supermoe.data.sql import EMPTY, quote, text
 from supermoe.typed_yaml import UserError
 
 SAME_TYPE = "user ids are whole numbers in one table and text in another; all are read as text"
@@ -110,13 +110,20 @@ def _select(table: Readable, as_text: bool, *more: str) -> str:
     return f"SELECT {', '.join([user, *others, *more])} FROM ({table.sql})"
 
 
+def _differ(one: str, other: str) -> bool:
+    """Whether one type is text and the other is not; a column without values goes with both."""
+    return EMPTY not in (one, other) and (one == "VARCHAR") != (other == "VARCHAR")
+
+
 def _check_types(tables: list[Readable]) -> None:
     """Refuse event tables in which one column is text here and something else there."""
     seen: dict[str, Readable] = {}
     for table in tables:
         for name, type_name in table.types.items():
+            if type_name == EMPTY:
+                continue
             other = seen.setdefault(name, table)
-            if name != "user" and (other.types[name] == "VARCHAR") != (type_name == "VARCHAR"):
+            if name != "user" and _differ(other.types[name], type_name):
                 raise UserError(
                     f"{table.raw.key}: the column '{name}' is {type_name} in {table.raw.place} and "
                     f"{other.types[name]} in {other.raw.place}; rename one of them under `columns`, or write both "
@@ -142,7 +149,7 @@ def _with_items(con: duckdb.DuckDBPyConnection, events: str, logs: list[Readable
         raise UserError(
             f"{raw.key}.key: the events have no column '{key}' to join items by, only {', '.join(sorted(types))}."
         )
-    if (types[key] == "VARCHAR") != (table.types[key] == "VARCHAR"):
+    if _differ(types[key], table.types[key]):
         raise UserError(
             f"{raw.key}.key: '{key}' is {types[key]} in the events and {table.types[key]} in {raw.place}; write both "
             f"with one type."

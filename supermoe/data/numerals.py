@@ -1,0 +1,45 @@
+"""Fields that were taken for categories because they are text, while their text says numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import duckdb
+
+from supermoe.data.sql import quote, text
+from supermoe.typed_yaml import UserError
+
+MOSTLY = 0.9  # share of numbers among the values from which on a text column is spoken of
+PLAIN = r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"  # 007 is a name
+WITH_COMMA = r"[+-]?[0-9][0-9.]*,[0-9]+"
+
+
+def suspect(con: duckdb.DuckDBPyConnection, names: Iterable[str]) -> list[str]:
+    """Look at text columns in the view `log_sample`; returns notes on those that are mostly numbers.
+
+    A column of decimal commas is a `UserError`: what was written as numbers would be learnt as names.
+    """
+    notes = []
+    for name in names:
+        column, has_comma = quote(name), _matches(name, WITH_COMMA)
+        is_number = f"({_matches(name, PLAIN)} OR {has_comma})"
+        size, numbers, commas, comma, other = con.execute(
+            f"SELECT count({column}), count(*) FILTER (WHERE {is_number}), count(*) FILTER (WHERE {has_comma}), "
+            f"min({column}) FILTER (WHERE {has_comma}), mode({column}) FILTER (WHERE NOT {is_number}) FROM log_sample"
+        ).fetchall()[0]
+        if commas and numbers == size:
+            raise UserError(
+                f"data.fields: the column '{name}' would be a category, but holds numbers with decimal commas, such as "
+                f"'{comma}'; give decimal: ',' beside the path of the CSV files, or data.fields.{name}: category if "
+                f"they are none."
+            )
+        if other is not None and numbers >= MOSTLY * size:
+            notes.append(
+                f"the column '{name}' is read as a category, though {numbers / size:.0%} of its values are numbers, as "
+                f"it also holds '{other}'; if that stands for nothing, give nulls: ['{other}'] beside the path of CSV"
+            )
+    return notes
+
+
+def _matches(name: str, pattern: str) -> str:
+    return f"regexp_full_match({quote(name)}, {text(pattern)})"
