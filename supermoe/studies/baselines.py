@@ -16,9 +16,9 @@ from supermoe.typed_yaml import UserError
 BAG_DIRECTIONS = 32  # singular vectors of every bag's TF-IDF matrix
 RIDGE_PENALTY = 1000.0
 TREES: dict[str, Any] = {
-    "learning_rate": 0.05,
-    "max_iter": 150,
-    "max_leaf_nodes": 15,
+    "learning_rate": 0.1,
+    "max_iter": 75,
+    "max_leaf_nodes": 8,
     "min_samples_leaf": 50,
     "l2_regularization": 5.0,
     "max_features": 0.2,
@@ -26,7 +26,6 @@ TREES: dict[str, Any] = {
     "early_stopping": False,
     "random_state": 0,
 }
-FEWER_TREES = {"learning_rate": 0.1, "max_iter": 75}  # where every class has trees of its own: half the time
 RANKED_EXAMPLES = 4_000  # training examples of the ranking model
 NEGATIVES = 40  # ids per training example that were not taken
 POPULAR = 200  # ids that everyone may be recommended
@@ -86,8 +85,7 @@ def _trees(inputs: NDArray, task: Any, label: NDArray, train: NDArray, test: NDA
     rows = train[is_asked(label[train])]
     if task.config.type == "regression":
         return {"score": HistGradientBoostingRegressor(**TREES).fit(inputs[rows], label[rows]).predict(inputs[test])}
-    trees = TREES if len(np.unique(label[rows])) == 2 else TREES | FEWER_TREES
-    model = HistGradientBoostingClassifier(**trees).fit(inputs[rows], label[rows])
+    model = HistGradientBoostingClassifier(**TREES).fit(inputs[rows], label[rows])
     probability = model.predict_proba(inputs[test])
     if label.dtype.kind == "f":
         return {"score": probability[:, 1]}
