@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from supermoe.config import DistributedConfig
+from supermoe.distributed.store import fresh
 from supermoe.typed_yaml import UserError
 
 T = TypeVar("T")
@@ -71,6 +72,12 @@ class World:
             if failed[0] and not self.is_first:
                 raise SystemExit(2)
         return result
+
+    def new_group(self) -> Any:
+        """Another process group of all ranks, between CPUs, with the timeout of collectives; None without torchrun."""
+        if self.mesh is None:
+            return None
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on all ranks; anything that can be pickled."""
@@ -139,7 +146,7 @@ def start(config: DistributedConfig) -> Iterator[World]:
     Collectives run on gloo between CPUs and on NCCL between GPUs.
 
     Raises:
-        UserError: where the number of ranks is not a multiple of `distributed.expert`.
+        UserError: where the number of ranks is not a multiple of `distributed.expert`, or ranks do not come.
     """
     if "RANK" not in os.environ:
         _check_multiple(1, config.expert)
@@ -152,14 +159,14 @@ def start(config: DistributedConfig) -> Iterator[World]:
     on_gpus = torch.cuda.is_available()
     if on_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    prefixed = dist.PrefixStore("supermoe", store)
+    store = fresh(dist.PrefixStore("supermoe", store), rank, size, config.timeout)
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         shape = (size // config.expert, config.expert)
         mesh = init_device_mesh("cuda" if on_gpus else "cpu", shape, mesh_dim_names=("data", "expert"))
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
-        world = World(rank, size, mesh, control, prefixed, timeout=config.timeout)
+        world = World(rank, size, mesh, control, store, timeout=config.timeout)
         yield replace(world, hosts=tuple(world.gather(socket.gethostname())))
     finally:
         dist.destroy_process_group()
