@@ -53,7 +53,7 @@ def publishing(path: Path) -> Iterator[Path]:
             yield beside
             _swap(beside, path)
     finally:
-        _remove(beside)
+        remove(beside)
 
 
 def publish_text(path: Path, text: str) -> None:
@@ -94,12 +94,13 @@ def _swap(beside: Path, path: Path) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.replaced")
     os.replace(path, aside)
     os.replace(beside, path)
-    _remove(aside)
+    remove(aside)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or folder, which may never have been there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(OSError):  # it may never have been there
+        with suppress(OSError):
             path.unlink()

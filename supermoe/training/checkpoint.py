@@ -23,7 +23,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from supermoe.distributed.mesh import PATIENCE, World
+from supermoe.data.disk import remove
+from supermoe.distributed.mesh import World
 from supermoe.typed_yaml import UserError
 
 VERSION = 2
@@ -57,8 +58,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, identity: dict[str, Any], world: World | None = None):
         self.folder, self.keep, self.identity, self.world = folder, keep, identity, world or World()
-        # collectives of the background must not mix with those of training
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world.mesh is not None else None
+        self._group = self.world.new_group()  # collectives of the background must not mix with those of training
         self._writing: threading.Thread | None = None
         self._failure: str | None = None
 
@@ -100,17 +100,21 @@ class Checkpoints:
         beside = path.with_name(f".{path.name}.writing")
         failure = None
         try:
-            self._do(lambda: _make_empty(beside))
-            with _quiet():
-                dcp.save(state, checkpoint_id=str(beside), process_group=self._group, no_dist=self._group is None)
-            self._do(lambda: self._publish(beside, path, manifest))
+            with self.world.watch(lambda: f"the checkpoint {path}"):
+                self._do(lambda: _make_empty(beside))
+                with _quiet():
+                    dcp.save(state, checkpoint_id=str(beside), process_group=self._group, no_dist=self._group is None)
+                manifest["files"] = self._fingerprints(beside)
+                self._do(lambda: self._publish(beside, path, manifest))
+        except UserError as error:
+            failure = str(error)
         except (OSError, RuntimeError, CheckpointException) as error:
             failure = (
                 f"cannot write the checkpoint {path}: {_reason(error)}; free space or choose another `run` folder; "
                 f"earlier checkpoints are untouched, the same command continues from them"
             )
             if self.world.is_first:
-                shutil.rmtree(beside, ignore_errors=True)
+                remove(beside)
         self._failure = failure
 
     def _do(self, work: Callable[[], None]) -> None:
@@ -126,8 +130,16 @@ class Checkpoints:
         if told[0] is not None:
             raise OSError(told[0])
 
+    def _fingerprints(self, folder: Path) -> dict[str, list[int]]:
+        """Of all files; every rank reads its share of them."""
+        files = sorted(folder.iterdir())[self.world.rank :: self.world.size]
+        shares: list[Any] = [{file.name: _fingerprint(file) for file in files}]
+        if self._group is not None:
+            shares *= self.world.size
+            dist.all_gather_object(shares, shares[0], group=self._group)
+        return {name: found for share in shares for name, found in share.items()}
+
     def _publish(self, beside: Path, path: Path, manifest: dict[str, Any]) -> None:
-        manifest["files"] = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
         (beside / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         shutil.rmtree(path, ignore_errors=True)
         os.replace(beside, path)
@@ -137,13 +149,15 @@ class Checkpoints:
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The last whole checkpoint and its progress, or None if there is none at all; the same on all ranks.
 
-        A damaged one is passed over with a warning. Raises `UserError` if all are damaged, if another version wrote it,
-        or if the config has changed since.
+        A damaged one is passed over with a warning; what a killed run has half written is removed. Raises `UserError`
+        if all are damaged, if another version wrote it, or if the config has changed since.
         """
         self.wait()
         return self.world.gather(self.world.first(self._latest))[0]
 
     def _latest(self) -> tuple[Path, dict[str, Any]] | None:
+        for half in self.folder.glob(".*.writing"):
+            remove(half)
         steps = self._steps()
         for path in reversed(steps):
             manifest = _read_whole(path)
@@ -195,7 +209,10 @@ def changes(saved: Any, current: Any, key: str = "") -> list[str]:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says; torch puts a traceback before it."""
+    """What an error says; torch puts a traceback before it, and errors of other ranks into one of its own."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"{_reason(cause)} (rank {rank})"
     return getattr(error, "strerror", None) or str(error).rstrip().splitlines()[-1]
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from supermoe.data.disk import publish_text
 from supermoe.typed_yaml import UserError
 
 
@@ -19,7 +20,6 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False, silent: bool = False):
         self.path = folder / "metrics.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
         self._file: Any = None
         self._board: Any = None
         if silent:
@@ -27,9 +27,8 @@ class MetricsLog:
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
         if tensorboard:
             self._board = _tensorboard(folder)
-        self._file = self.path.open("w", encoding="utf-8")
-        for row in kept:
-            self._write(row)
+        publish_text(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))  # a kill here loses none
+        self._file = self.path.open("a", encoding="utf-8")
 
     def add(self, kind: str, step: int, **values: Any) -> None:
         """One line `{"kind": ..., "step": ..., **values}`; nested numbers go to TensorBoard under `kind/key/...`."""
