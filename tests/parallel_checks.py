@@ -142,7 +142,7 @@ def stop_after_a_step(trainer: Trainer) -> None:
 
 def in_two_ranks(folder: Path) -> None:
     """Meshes (2, 1) and (1, 2), every strategy and mixture; at last the first step of a run that will move."""
-    _prepare()
+    prepare()
     with start(DistributedConfig()) as world:
         for strategy in ("ddp", "fsdp2", "fairscale"):
             finish(build(folder / strategy, world, strategy=strategy), folder / f"data2_{strategy}_plain")
@@ -156,7 +156,7 @@ def in_two_ranks(folder: Path) -> None:
 
 def in_four_ranks(folder: Path) -> None:
     """Meshes (2, 2) and (1, 4); the run that `in_two_ranks` began moves from one to the other."""
-    _prepare()
+    prepare()
     with start(DistributedConfig(expert=2)) as world:
         finish(build(folder / "a", world, expert=2), folder / "data2expert2_ddp_plain")
         stop_after_a_step(build(folder / "moved", world, expert=2, strategy="fsdp2"))
@@ -194,7 +194,7 @@ def check_dispatch(world: World) -> None:
         shard_experts(MoE(MoEConfig(experts=3), 8, "gelu"), world.mesh["expert"])
 
 
-def _prepare() -> None:
+def prepare() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of fairscale and torch, about each other
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
 TIMEOUT = 200  # seconds; a busy machine takes minutes to import torch in so many processes
 
@@ -17,7 +20,9 @@ TIMEOUT = 200  # seconds; a busy machine takes minutes to import torch in so man
 def spawn(size: int, work: Callable[[Path], None], folder: Path) -> list[BaseProcess]:
     """Start `work(folder)` in `size` ranks."""
     context = multiprocessing.get_context("forkserver")  # a clean process that has imported everything is forked
-    context.set_forkserver_preload(["parallel_checks"])
+    context.set_forkserver_preload(["parallel_checks", "torch._dynamo", "fairscale.optim.oss"])
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # Python 3.11 tells the server of no other
+        forkserver.ensure_running()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
