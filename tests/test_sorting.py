@@ -15,11 +15,8 @@ def sorted_log(tmp_path, rows, user_type="BIGINT", **columns):
     """A connection with the views; `rows` is a SELECT of user, time and what the columns read."""
     con = duckdb.connect()
     con.execute(f"CREATE TABLE events AS SELECT *, row_number() OVER () AS file_order FROM ({rows})")
-    con.execute(
-        'CREATE TABLE people AS SELECT row_number() OVER (ORDER BY "user") - 1 AS user_row, "user", '
-        'count(*) AS num_events FROM events GROUP BY "user"'
-    )
-    sort_log(con, "FROM events", columns, {"event": "it's"}, user_type, tmp_path)
+    (num_events,) = con.execute("SELECT count(*) FROM events").fetchall()[0]
+    sort_log(con, "FROM events", columns, {"event": "it's"}, user_type, num_events, tmp_path)
     return con
 
 
@@ -29,7 +26,6 @@ RANDOM = "SELECT {user} AS user, make_timestamp((hash(i) % 50 * 1000000)::BIGINT
 @pytest.mark.parametrize(("user", "user_type"), [("hash(i, 1) % 400", "BIGINT"), ("(i % 40)::VARCHAR", "VARCHAR")])
 @pytest.mark.parametrize("batch_rows", [1, 7, 10_000])
 def test_rows_are_numbered_by_user_and_position(tmp_path, monkeypatch, user, user_type, batch_rows):
-    monkeypatch.setattr(sorting, "BATCH_ROWS", batch_rows)
     monkeypatch.setattr(sorting, "GROUP_ROWS", batch_rows)
     con = sorted_log(tmp_path, RANDOM.format(user=user), user_type, n="n")
     wanted = (
@@ -39,6 +35,11 @@ def test_rows_are_numbered_by_user_and_position(tmp_path, monkeypatch, user, use
     )
     assert con.execute("FROM log ORDER BY row").fetchall() == con.execute(wanted).fetchall()
     assert con.execute("FROM log_sample ORDER BY row").fetchall() == con.execute(wanted).fetchall()
+    counted = (
+        'SELECT row_number() OVER (ORDER BY "user") - 1, "user", '
+        '(sum(n) OVER (ORDER BY "user") - n)::BIGINT, n FROM (SELECT "user", count(*) AS n FROM events GROUP BY "user")'
+    )
+    assert con.execute("FROM active").fetchall() == con.execute(f"{counted} ORDER BY ALL").fetchall()
 
 
 def test_the_sample_of_a_long_log_is_spread_over_it(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def test_users_without_events_are_people_too(tmp_path):
     log = staged(tmp_path, Frames(events, users=users))
     assert log.attributes == ["age"]
     found = rows(log, 'SELECT user_row, "user", first_row, num_events, age FROM people ORDER BY user_row')
-    assert found == [(0, 2, 0, 1, None), (1, 3, 1, 0, 30), (2, 5, 1, 2, 50), (3, 9, 3, 0, 90)]
+    assert found == [(0, 2, 0, 1, None), (1, 5, 1, 2, 50), (2, 3, 3, 0, 30), (3, 9, 3, 0, 90)]
     assert rows(log, "SELECT age FROM log ORDER BY row") == [(3,), (1,), (2,)]
 
 

@@ -124,11 +124,12 @@ def future_rows(window: int | None, events: list[str] | None, table: str | None)
     Columns: those of the log or table, and `ahead_days` (days after the cut).
     """
     source = f"table_{table}" if table else "chunk_events"
-    # what lies before all cuts of the chunk need not be joined
+    # what lies before all cuts of the chunk, or behind all windows, need not be joined
     conditions = ["l.time >= (SELECT min(cut) FROM chunk_examples)", of_types(events)]
     conditions.append("l.time >= x.cut" if table else "l.position >= x.visible")
     if window is not None:
         conditions.append(f"l.time < x.cut + to_seconds({window})")
+        conditions.append(f"l.time < (SELECT max(cut) FROM chunk_examples) + to_seconds({window})")
     return _rows(source, "epoch(l.time - x.cut) / 86400 AS ahead_days", conditions)
 
 

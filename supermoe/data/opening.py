@@ -37,6 +37,7 @@ class Raw:
     scan: str
     ordered: str
     types: dict[str, str]  # column -> DuckDB type
+    has_statistics: bool = False  # least and greatest values are known without reading the rows
 
 
 def find_files(path: str, key: str) -> list[str]:
@@ -96,7 +97,8 @@ def open_files(
     if not is_parquet and time_column in types:
         scan = f"{scan[:-1]}, types={{{text(str(time_column))}: 'VARCHAR'}})"
         types[str(time_column)] = "VARCHAR"
-    return Raw(key, path, scan, f"SELECT *, {order} AS file_order, filename AS file_name FROM {scan}", types)
+    ordered = f"SELECT *, {order} AS file_order, filename AS file_name FROM {scan}"
+    return Raw(key, path, scan, ordered, types, has_statistics=is_parquet)
 
 
 def open_frame(con: duckdb.DuckDBPyConnection, frame: Any, name: str, key: str) -> Raw:

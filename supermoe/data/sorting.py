@@ -1,7 +1,7 @@
 """The external sort: the log in (user, time, file order), its rows numbered, as one Parquet file.
 
-DuckDB sorts within its memory limit. Users are numbered by rank and the number of events of each is known beforehand,
-so the sorted rows are numbered by counting as they stream by: what would have to be joined and sorted along, is not.
+DuckDB sorts within its memory limit. Users and their events are numbered by counting as the sorted rows stream by: what
+would have to be grouped before, joined and sorted along, is not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from tqdm import tqdm
 from supermoe.data.sql import quote, text
 
 GROUP_ROWS = 122_880  # of the Parquet file: what one of DuckDB's threads reads at a time
-BATCH_ROWS = 4 * GROUP_ROWS
 SAMPLE_ROWS = 250_000  # in the sample of a longer log; a quantile found there is off by 0.1 % of the rows
 DELAY = 2.0  # seconds before a bar shows
 NUMBERING = ("user_row", "position", "time", "row")  # columns of the log that are not the source's
@@ -34,24 +33,32 @@ def sort_log(
     columns: dict[str, str],
     constants: dict[str, str],
     user_type: str,
+    num_events: int,
     folder: Path,
 ) -> None:
-    """Write the sorted log into `folder` and make the views `log` and `log_sample` over it, of the same columns.
+    """Write the sorted log into `folder`; make the views `log` and `log_sample` over it, and the table `active`.
 
     events: SELECT of "user", time, file_order and whatever `columns` (name -> SQL) read. `constants`: texts that stand
-    in every row, which need not be sorted. The table people says how many events each user has. `log_sample` has about
-    `SAMPLE_ROWS` rows, chosen by a fixed scrambling of the row number.
+    in every row, which need not be sorted. `log_sample` has about `SAMPLE_ROWS` rows of the same columns, chosen by a
+    fixed scrambling of the row number. active(user_row, "user", first_row, num_events): users of the log in order.
     """
     key, join = '"user"', ""
     if user_type == "VARCHAR":  # numbers are sorted in a fraction of the time that texts take
-        key, join = "_rank", 'JOIN (SELECT user_row::UINTEGER AS _rank, "user" AS _user FROM people) ON "user" = _user'
+        con.execute(
+            'CREATE OR REPLACE TEMP TABLE ranks AS SELECT "user" AS _user, CAST(row_number() OVER (ORDER BY "user") AS '
+            f'UINTEGER) AS _rank FROM (SELECT DISTINCT "user" FROM ({events}))'
+        )
+        key, join = "_rank", 'JOIN ranks ON "user" = _user'
     listed = ", ".join([f"{key} AS _key", "time", *(f"{sql} AS {quote(name)}" for name, sql in columns.items())])
     names = ", ".join(["time", *map(quote, columns)])
-    numbering = _Numbering(con)
     by_user = f"SELECT {listed}, file_order FROM ({events}) {join}"
-    sorted_rows = con.sql(f"SELECT {names} FROM ({by_user}) ORDER BY _key, time, file_order")
-    with progress("sort the log", numbering.size) as bar:
-        _write(sorted_rows.to_arrow_reader(BATCH_ROWS), numbering, bar, folder)
+    sorted_rows = con.sql(f"SELECT _key, {names} FROM ({by_user}) ORDER BY _key, time, file_order")
+    con.register("numbered", _write(sorted_rows.to_arrow_reader(GROUP_ROWS), num_events, folder))
+    users = 'SELECT user_row, _key AS "user", first_row, num_events FROM numbered'
+    if user_type == "VARCHAR":
+        users = 'SELECT user_row, _user AS "user", first_row, num_events FROM numbered JOIN ranks ON _key = _rank'
+    con.execute(f"CREATE OR REPLACE TEMP TABLE active AS {users} ORDER BY user_row")
+    con.unregister("numbered")
     names = ", ".join([names, *(f"{text(value)} AS {quote(name)}" for name, value in constants.items())])
     for view, row in (("log", "file_row_number"), ("log_sample", "row")):
         con.execute(
@@ -63,57 +70,69 @@ def sort_log(
 class _Numbering:
     """Whose are the next rows of the log, and which of their user's are they."""
 
-    def __init__(self, con: duckdb.DuckDBPyConnection):
-        people = con.execute("SELECT user_row, num_events FROM people WHERE num_events > 0 ORDER BY user_row")
-        found = people.fetchnumpy()
-        self._user, self._end = found["user_row"], np.cumsum(found["num_events"].astype(np.int64))
-        self.size = int(self._end[-1]) if len(self._end) else 0
-        self.dtype = np.uint32 if max(self.size, self._user.max(initial=0)) < 2**32 else np.int64
-        self.share = min(1.0, SAMPLE_ROWS / max(self.size, 1))
-        self._row = 0
+    def __init__(self, num_events: int):
+        self.dtype = np.uint32 if num_events < 2**32 else np.int64
+        self._keys, self._first_rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]  # of users, batch by batch
+        self._num_rows, self._num_users = 0, 0
+        self._key: Any = None  # of the last user so far, whose rows may go on
+        self._first_row = 0
 
-    def take(self, number: int) -> dict[str, np.ndarray]:
-        """user_row, position and row of the next `number` rows."""
-        first, end = self._row, self._row + number
-        self._row = end
-        low, high = np.searchsorted(self._end, [first, end - 1], side="right")
-        ends = self._end[low : high + 1]
-        starts = np.append(self._end[low - 1] if low else 0, ends[:-1])
-        lengths = np.minimum(ends, end) - np.maximum(starts, first)
-        row = np.arange(first, end)
-        return {
-            "user_row": np.repeat(self._user[low : high + 1].astype(self.dtype), lengths),
-            "position": (row - np.repeat(starts, lengths)).astype(self.dtype),
-            "row": row,
-        }
+    def take(self, key: np.ndarray) -> dict[str, np.ndarray]:
+        """user_row, position and row of the next rows; a change of `key` is where another user's begin."""
+        row = np.arange(self._num_rows, self._num_rows + len(key))
+        begins = np.append(key[0] != self._key, key[1:] != key[:-1])
+        new = np.cumsum(begins)  # users up to each row; 0: the last one so far
+        first_rows = np.append(self._first_row, row[begins])
+        user_row = self._num_users - 1 + new
+        self._keys.append(key[begins])
+        self._first_rows.append(row[begins])
+        self._num_rows, self._num_users = self._num_rows + len(key), self._num_users + int(new[-1])
+        self._key, self._first_row = key[-1], int(first_rows[-1])
+        position = row - first_rows[new]
+        return {"user_row": user_row.astype(self.dtype), "position": position.astype(self.dtype), "row": row}
+
+    def users(self) -> pa.Table:
+        """user_row, _key, first_row and num_events of all users so far."""
+        key, first_row = np.concatenate(self._keys), np.concatenate(self._first_rows)
+        num_events = np.diff(np.append(first_row, self._num_rows))
+        columns = {"user_row": np.arange(len(key)), "_key": key, "first_row": first_row, "num_events": num_events}
+        return pa.table(columns)
 
 
-def _write(reader: pa.RecordBatchReader, numbering: _Numbering, bar: tqdm, folder: Path) -> None:
-    """Write log.parquet and log_sample.parquet; a thread of its own writes while DuckDB merges."""
+def _write(reader: pa.RecordBatchReader, num_events: int, folder: Path) -> pa.Table:
+    """Write log.parquet and log_sample.parquet; returns the users that were met, see `_Numbering.users`.
+
+    A thread of its own writes while DuckDB merges.
+    """
+    numbering = _Numbering(num_events)
     number = pa.from_numpy_dtype(numbering.dtype)
-    schema = pa.schema([*reader.schema, ("user_row", number), ("position", number)])
+    schema = pa.schema([*list(reader.schema)[1:], ("user_row", number), ("position", number)])
     sample_schema = schema.append(pa.field("row", pa.int64()))
+    share = min(1.0, SAMPLE_ROWS / max(num_events, 1))
     with (
         pq.ParquetWriter(folder / "log.parquet", schema, **_encoding(schema)) as log,
         pq.ParquetWriter(folder / "log_sample.parquet", sample_schema, **_encoding(schema)) as sample,
         ThreadPoolExecutor(1) as thread,
+        progress("sort the log", num_events) as bar,
     ):
 
         def write(table: pa.Table, row: np.ndarray) -> None:
             log.write_table(table, row_group_size=GROUP_ROWS)
             scrambled = row.astype(np.uint32) * np.uint32(2654435761)
-            chosen = np.flatnonzero(scrambled < int(numbering.share * 2**32))
+            chosen = np.flatnonzero(scrambled < int(share * 2**32))
             sample.write_table(table.take(chosen).append_column("row", pa.array(row[chosen])))
 
         writing: Future[Any] = thread.submit(int)
-        for table in in_portions(reader, BATCH_ROWS):
-            numbers = numbering.take(len(table))
+        for table in in_portions(reader, GROUP_ROWS):
+            numbers = numbering.take(table["_key"].to_numpy())
+            table = table.remove_column(0)
             for name in ("user_row", "position"):
                 table = table.append_column(name, pa.array(numbers[name]))
             writing.result()
             writing = thread.submit(write, table, numbers["row"])
             bar.update(len(table))
         writing.result()
+    return numbering.users()
 
 
 def _encoding(schema: pa.Schema) -> dict:

@@ -26,8 +26,8 @@ class Staged:
     log(user_row BIGINT, position BIGINT, time TIMESTAMP, event VARCHAR, <raw columns>, row BIGINT), in (user_row,
         position) order; `row` = first_row of the user + position is the event's row in the store's columns
     log_sample: about 250,000 of these rows, for quantiles
-    people(user_row BIGINT, "user" <own type>, first_row BIGINT, num_events BIGINT, <attributes>), one row per user, in
-        user_row order, users without events included
+    people(user_row BIGINT, "user" <own type>, first_row BIGINT, num_events BIGINT, <attributes>), one row per user in
+        user_row order: those of the log by id, then those without events
     table_<name>(user_row BIGINT, time TIMESTAMP, <columns>)
     """
 
@@ -63,13 +63,13 @@ def connect(memory_limit: str, threads: int | None, scratch: Path) -> duckdb.Duc
 
 def stage(con: duckdb.DuckDBPyConnection, source: SourceTables, config: DataConfig, scratch: Path) -> Staged:
     """Sort the events of `source` and number its users; a `UserError` for an unknown field and for an empty log."""
-    event_types = _event_types(con, source.events)
+    event_types, num_events = _count(con, source.events)
     if not event_types:
         raise UserError("data.source: the events hold no rows; check the files and the `where` conditions.")
     fields, notes = choose_fields(config.fields, _types(con, source.events), len(event_types))
     if source.num_null_users:
         notes.append(f"{source.num_null_users} rows without a user were left out (drop_null_users)")
-    staged = _stage(con, source, fields, event_types, scratch, [*source.notes, *notes])
+    staged = _stage(con, source, fields, event_types, num_events, scratch, [*source.notes, *notes])
     inferred = [name for name in fields if name not in {*config.fields, "event"}]
     texts = [name for name in inferred if staged.column_types[name] == "VARCHAR"]
     return replace(staged, notes=(*staged.notes, *suspect(con, texts)))
@@ -91,7 +91,7 @@ def stage_serving(
     past = f"SELECT * FROM {quote(source.events)} WHERE time < make_timestamp({as_of * 1_000_000}::BIGINT)"
     con.execute(f"CREATE OR REPLACE TEMP VIEW past_events AS {past}")
     source = replace(source, events="past_events", tables={})
-    staged = _stage(con, source, fields, _event_types(con, "past_events"), scratch, [])
+    staged = _stage(con, source, fields, *_count(con, "past_events"), scratch, [])
     if staged.num_users == 0:
         raise UserError(
             f"no user to serve: the events hold no rows before {format_instant(as_of)} and there is no users table; "
@@ -105,12 +105,13 @@ def _stage(
     source: SourceTables,
     fields: dict[str, FieldConfig],
     event_types: dict[str, int],
+    num_events: int,
     scratch: Path,
     notes: list[str],
 ) -> Staged:
     try:
-        attributes = _make_people(con, source)
-        _sort(con, source.events, fields, event_types, scratch)
+        _sort(con, source.events, fields, event_types, num_events, scratch)
+        attributes = _make_people(con, source.users, num_events)
     except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
         raise UserError(f"data.source: a file does not hold what its first rows promise: {complaint(error)}") from None
     for name, view in source.tables.items():
@@ -120,7 +121,7 @@ def _stage(
         con.execute(f"COPY ({rows} ORDER BY user_row, t.time) TO {path} (FORMAT parquet)")
         con.execute(f"CREATE OR REPLACE VIEW {quote('table_' + name)} AS SELECT * FROM read_parquet({path})")
     num_users = _rows(con, "SELECT count(*) FROM people")[0][0]
-    num_events, first, last = _rows(con, "SELECT count(*), epoch_us(min(time)), epoch_us(max(time)) FROM log")[0]
+    first, last = _rows(con, "SELECT epoch_us(min(time)), epoch_us(max(time)) FROM log")[0]
     return Staged(
         con=con,
         fields=fields,
@@ -136,9 +137,10 @@ def _stage(
     )
 
 
-def _event_types(con: duckdb.DuckDBPyConnection, events: str) -> dict[str, int]:
-    counts = f"SELECT event, count(*) FROM {quote(events)} WHERE event IS NOT NULL GROUP BY event ORDER BY event"
-    return dict(_rows(con, counts))
+def _count(con: duckdb.DuckDBPyConnection, events: str) -> tuple[dict[str, int], int]:
+    """Number of events of each type, and of all, those without a type included."""
+    counts = _rows(con, f"SELECT event, count(*) FROM {quote(events)} GROUP BY event ORDER BY event")
+    return {event: count for event, count in counts if event is not None}, sum(count for _, count in counts)
 
 
 def _rows(con: duckdb.DuckDBPyConnection, sql: str) -> list[tuple]:
@@ -149,26 +151,19 @@ def _types(con: duckdb.DuckDBPyConnection, view: str) -> dict[str, str]:
     return {row[0]: row[1] for row in _rows(con, f"DESCRIBE {quote(view)}")}
 
 
-def _make_people(con: duckdb.DuckDBPyConnection, source: SourceTables) -> list[str]:
-    """Make the table people; returns the names of the attributes."""
-    counts = f'SELECT "user", count(*) AS num_events FROM {source.events} GROUP BY "user"'
+def _make_people(con: duckdb.DuckDBPyConnection, users: str | None, num_events: int) -> list[str]:
+    """Make the table people of the log's users and those of the view `users`; returns the names of the attributes."""
     attributes: list[str] = []
-    if source.users:
-        attributes = [name for name in _types(con, source.users) if name != "user"]
-        counts = (
-            'SELECT coalesce(e."user", u."user") AS "user", coalesce(num_events, 0) AS num_events, '
-            f'u.* EXCLUDE ("user") FROM ({counts}) AS e FULL JOIN {source.users} AS u ON e."user" = u."user"'
+    rows = "active"
+    if users:
+        attributes = [name for name in _types(con, users) if name != "user"]
+        rows = (
+            'SELECT row_number() OVER (ORDER BY user_row NULLS LAST, "user") - 1 AS user_row, "user", '
+            ""
+            f"coalesce(first_row, {num_events}) AS first_row, coalesce(num_events, 0) AS num_events, "
+            f'u.* EXCLUDE ("user") FROM active FULL JOIN {users} AS u USING ("user")'
         )
-    con.execute(
-        f"""
-        CREATE OR REPLACE TABLE people AS
-        SELECT row_number() OVER (ORDER BY "user") - 1 AS user_row, "user",
-               CAST(sum(num_events) OVER (ORDER BY "user" ROWS UNBOUNDED PRECEDING) - num_events AS BIGINT)
-                   AS first_row,
-               * EXCLUDE ("user")
-        FROM ({counts}) ORDER BY "user"
-        """
-    )
+    con.execute(f"CREATE OR REPLACE TABLE people AS FROM ({rows}) ORDER BY user_row")
     return attributes
 
 
@@ -177,6 +172,7 @@ def _sort(
     events: str,
     fields: dict[str, FieldConfig],
     event_types: dict[str, int],
+    num_events: int,
     scratch: Path,
 ) -> None:
     """Make the views over the log in (user, time, file order)."""
@@ -185,11 +181,10 @@ def _sort(
     if "file_order" not in types:
         rows = f"SELECT *, row_number() OVER () AS file_order {rows}"
     columns = {name: stored_sql(name, types[name], fields.get(name)) for name in types if name not in OWN_COLUMNS}
-    num_events = _rows(con, "SELECT sum(num_events) FROM people")[0][0]
     constants = dict(zip(["event"], event_types, strict=False)) if [*event_types.values()] == [num_events] else {}
     if constants:
         del columns["event"]
     else:
         known_types = ", ".join(map(text, event_types)) or text("none")
         columns["event"] = f"CAST(event AS ENUM ({known_types}))"  # a byte to sort, not a text
-    sort_log(con, rows, columns, constants, types["user"], scratch)
+    sort_log(con, rows, columns, constants, types["user"], num_events, scratch)
