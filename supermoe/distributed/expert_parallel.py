@@ -52,7 +52,8 @@ def _arrived_routing(choice_R2K: Tensor, shard: RowShard) -> ops.Routing:
     expert_RK, weight_RK = choice_R2K.chunk(2, dim=1)
     expert_RK = expert_RK.long()
     here_RK = (expert_RK >= 0) & (expert_RK < shard.block)
-    counts_E = torch.bincount(expert_RK[here_RK], minlength=shard.block)
+    place_R = expert_RK.where(here_RK, shard.block).flatten()  # one beyond the last, unlike bincount without a wait
+    counts_E = place_R.new_zeros(shard.block + 1).scatter_add_(0, place_R, torch.ones_like(place_R))[:-1]
     return ops.Routing(expert_RK.where(here_RK, -1), weight_RK, counts_E, weight_RK.new_zeros(len(weight_RK), 0))
 
 
@@ -76,7 +77,7 @@ class Trip:
 
 
 def plan_trip(expert_NK: Tensor, shard: RowShard) -> Trip:
-    """One row for each rank that a token has an expert on. Waits once, for the counts."""
+    """One row for each rank that a token has an expert on. The host waits once, for the counts."""
     group, num_ranks = shard.mesh.get_group(), shard.mesh.size()
     home_NK = torch.where(expert_NK >= 0, expert_NK // shard.block, num_ranks)  # dropped: to nobody
     goes_NP = torch.zeros(len(expert_NK), num_ranks + 1, dtype=torch.bool, device=expert_NK.device)
@@ -84,8 +85,8 @@ def plan_trip(expert_NK: Tensor, shard: RowShard) -> Trip:
     sent_P = goes_PN.sum(dim=1)
     received_P = torch.empty_like(sent_P)
     dist.all_to_all_single(received_P, sent_P, group=group)
-    rank_R, token_R = goes_PN.nonzero().unbind(1)
     sent, received = torch.stack([sent_P, received_P]).tolist()
+    rank_R, token_R = goes_PN.nonzero_static(size=sum(sent)).unbind(1)
     return Trip(group, sent, received, rank_R, token_R)
 
 
