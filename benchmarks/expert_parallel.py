@@ -5,9 +5,12 @@
 One launch of four processes of one thread each. In groups of 1, 2 and 4 of them the same layer runs with its experts
 spread (`expert parallel`), with all experts in every process (`all local`), and as fairscale's `MOELayer` with
 Top2Gate, which pads to a capacity and drops what exceeds it. Strong scaling shares the tokens out, weak scaling gives
-every process as many. Rounds of the contenders alternate; figures are medians over rounds of the slowest process's wall
-time. `all_to_all` is the share of it spent in exchanges (waiting for the slowest included), `imbalance` the rows of the
-fullest process over the mean, and `imbalance_cost` the time beside exchanges of the slowest process over the mean.
+every process as many. Rounds of the contenders alternate; figures are medians over rounds.
+
+`tokens_per_second` is by the wall time of the slowest process. `all_to_all` is the share of a round spent in exchanges,
+waiting for the slowest included; `dispatch` (counting and sending), `experts` and `combine` (sending back) are shares
+of the forward pass, in which exchanges are waited for at once. `imbalance` is the rows of the fullest process over the
+mean, and `imbalance_cost` the time beside exchanges of the slowest process over the mean.
 Writes benchmarks/results/expert_parallel.json.
 """
 
@@ -17,8 +20,11 @@ import argparse
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import harness
 import torch
@@ -29,30 +35,42 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from supermoe.config import MoEConfig
 from supermoe.distributed import expert_parallel
-from supermoe.model.moe import MoE
+from supermoe.model.moe import Experts, MoE
 
 DIM, EXPERTS, HIDDEN, RANKS = 64, 8, 256, 4
 
 
 class Clock:
-    """Seconds in all and in exchanges, and rows that arrived, of one round."""
+    """Seconds of one round by what they went to, and rows that arrived."""
 
     def __init__(self) -> None:
-        self.total = self.exchange = 0.0
+        self.seconds: Counter[str] = Counter()
         self.rows = 0
 
-    def around(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The function, timed."""
+    def times(self, owner: Any, function: str, name: str) -> AbstractContextManager[Any]:
+        """Inside, this function of a module or class is timed; what it starts in the background is waited for."""
+        original = getattr(owner, function)
 
         def timed(*args: Any, **options: Any) -> Any:
             started = time.perf_counter()
-            result = function(*args, **options)
-            if options.pop("async_op", False):
+            result = original(*args, **options)
+            if options.get("async_op", False):
                 result.wait()
-            setattr(self, name, getattr(self, name) + time.perf_counter() - started)
+            self.seconds[name] += time.perf_counter() - started
             return result
 
-        return timed
+        return patch.object(owner, function, timed)
+
+    def counts(self) -> AbstractContextManager[Any]:
+        """Inside, rows that arrive at experts here are counted."""
+        original = expert_parallel._arrived_routing
+
+        def counted(*args: Any) -> Any:
+            routing = original(*args)
+            self.rows += int(routing.counts_E.sum())
+            return routing
+
+        return patch.object(expert_parallel, "_arrived_routing", counted)
 
 
 def fairscale_layer(size: int, group: dist.ProcessGroup) -> nn.Module:
@@ -60,8 +78,7 @@ def fairscale_layer(size: int, group: dist.ProcessGroup) -> nn.Module:
     from fairscale.nn import MOELayer, Top2Gate
 
     def expert() -> nn.Module:
-        ffn = nn.Sequential(nn.Linear(DIM, HIDDEN, bias=False), nn.GELU(), nn.Linear(HIDDEN, DIM, bias=False))
-        return ffn
+        return nn.Sequential(nn.Linear(DIM, HIDDEN, bias=False), nn.GELU(), nn.Linear(HIDDEN, DIM, bias=False))
 
     experts = nn.ModuleList(expert() for _ in range(EXPERTS // size))
     return MOELayer(Top2Gate(DIM, EXPERTS), experts, group=group)
@@ -84,20 +101,19 @@ def layers(size: int, group: dist.ProcessGroup, mesh: DeviceMesh) -> dict[str, C
 def measure(layer: Callable[[Tensor], Tensor], tokens: int, group: dist.ProcessGroup) -> Clock:
     """One round: forward and backward over this process's tokens."""
     clock, x_ND = Clock(), torch.randn(tokens, DIM, requires_grad=True)
-    exchange, mix = dist.all_to_all_single, expert_parallel._arrived_routing
-
-    def arrived(*args: Any) -> Any:
-        routing = mix(*args)
-        clock.rows += int(routing.counts_E.sum())
-        return routing
-
-    dist.all_to_all_single = clock.around(exchange, "exchange")
-    expert_parallel._arrived_routing = arrived
-    dist.barrier(group)
-    started = time.perf_counter()
-    layer(x_ND).square().sum().backward()
-    clock.total = time.perf_counter() - started
-    dist.all_to_all_single, expert_parallel._arrived_routing = exchange, mix
+    with ExitStack() as stack:
+        stack.enter_context(clock.times(dist, "all_to_all_single", "exchange"))
+        stack.enter_context(clock.times(expert_parallel, "plan_trip", "dispatch"))
+        stack.enter_context(clock.times(expert_parallel.Trip, "send", "dispatch"))
+        stack.enter_context(clock.times(Experts, "forward", "experts"))
+        stack.enter_context(clock.times(expert_parallel.Trip, "send_back", "combine"))
+        stack.enter_context(clock.counts())
+        dist.barrier(group)
+        started = time.perf_counter()
+        loss = layer(x_ND).square().sum()
+        clock.seconds["forward"] = time.perf_counter() - started
+        loss.backward()
+        clock.seconds["total"] = time.perf_counter() - started
     return clock
 
 
@@ -118,7 +134,7 @@ def work(rank: int, port: int, tokens: int, rounds: int, rows: Any) -> None:
                     for name, layer in contenders.items():
                         clock = measure(layer, share, group)
                         found = [None] * size
-                        dist.all_gather_object(found, (clock.total, clock.exchange, clock.rows), group=group)
+                        dist.all_gather_object(found, {**clock.seconds, "rows": clock.rows}, group=group)
                         samples[name] += [found] if number else []
                 if rank == 0:
                     rows += [row(name, scaling, size, share, found) for name, found in samples.items()]
@@ -126,7 +142,7 @@ def work(rank: int, port: int, tokens: int, rounds: int, rows: Any) -> None:
     dist.destroy_process_group()
 
 
-Round = list[tuple[float, float, int]]  # of every process: seconds in all, in exchanges, rows that arrived
+Round = list[dict[str, float]]  # of every process: seconds by what they went to, and rows that arrived
 
 
 def row(name: str, scaling: str, size: int, share: int, samples: list[Round]) -> dict[str, Any]:
@@ -135,16 +151,23 @@ def row(name: str, scaling: str, size: int, share: int, samples: list[Round]) ->
     def median(value: Callable[[Round], float]) -> float:
         return statistics.median(value(found) for found in samples)
 
+    def part(kind: str, whole: str) -> float:
+        return round(median(lambda ranks: sum(r.get(kind, 0.0) for r in ranks) / sum(r[whole] for r in ranks)), 3)
+
     found = {
         "contender": name,
         "scaling": scaling,
         "processes": size,
-        "tokens_per_second": round(size * share / median(lambda ranks: max(total for total, _, _ in ranks))),
-        "all_to_all": round(median(lambda ranks: sum(e for _, e, _ in ranks) / sum(t for t, _, _ in ranks)), 3),
+        "tokens_per_second": round(size * share / median(lambda ranks: max(r["total"] for r in ranks))),
+        "all_to_all": part("exchange", "total"),
     }
     if name == "expert parallel":
-        counts = [sum(found[rank][2] for found in samples) for rank in range(size)]
-        busy = [statistics.median(found[rank][0] - found[rank][1] for found in samples) for rank in range(size)]
+        counts = [sum(found[rank]["rows"] for found in samples) for rank in range(size)]
+        busy = [
+            statistics.median(found[rank]["total"] - found[rank]["exchange"] for found in samples)
+            for rank in range(size)
+        ]
+        found |= {kind: part(kind, "forward") for kind in ("dispatch", "experts", "combine")}
         found |= {"imbalance": round(max(counts) * size / sum(counts), 3)}
         found |= {"imbalance_cost": round(max(busy) * size / sum(busy), 3)}
     return found
