@@ -97,17 +97,17 @@ def mesh_of(config: RunConfig, gpus: int) -> Mesh:
     return Mesh(gpus, setting.expert, setting.strategy, setting.shard_tables)
 
 
-def check_tables(config: RunConfig, plan: Blueprint, mesh: Mesh) -> None:
+def check_tables(config: RunConfig, made: Blueprint, mesh: Mesh) -> None:
     """Refuse what training refuses of sharded tables."""
-    for name, head in plan.model.heads.items():
+    for name, head in made.model.heads.items():
         if isinstance(head, FieldHead) and field_is_sharded(head.tied.num_embeddings, mesh):
-            softmax = _softmax_of(name, plan)
-            if name in plan.tasks or softmax is None or softmax.num_negatives is None:
+            softmax = _softmax_of(name, made)
+            if name in made.tasks or softmax is None or softmax.num_negatives is None:
                 raise UserError(
                     f"distributed.shard_tables: '{name}' scores all {head.tied.num_embeddings:,} ids of its field, "
                     f"which a table sharded by rows cannot: raise the limit above that, or learn from sampled softmax"
                 )
-    whole = [name for name, p in plan.model.named_parameters() if is_table(name, plan) and len(p) < _limit(mesh)]
+    whole = [name for name, p in made.model.named_parameters() if is_table(name, made) and len(p) < _limit(mesh)]
     if mesh.strategy == "fsdp2" and config.training.table_optimizer == "rowwise_adagrad" and whole:
         raise UserError(
             "training.table_optimizer: with distributed.strategy=fsdp2, rowwise_adagrad updates sharded tables only, "
@@ -127,29 +127,28 @@ def gpu_of(name: str) -> Gpu:
 
 
 def cost_of(
-    config: RunConfig, plan: Blueprint, counts: Counts, mesh: Mesh, shape: Shape, gpu: Gpu, activation_bytes: float
+    config: RunConfig, made: Blueprint, counts: Counts, mesh: Mesh, shape: Shape, gpu: Gpu, activation_bytes: float
 ) -> Cost:
     """One optimiser step of `accumulate` micro-batches per rank."""
     micro = micro_batches(config, mesh)
     width = 2 if config.training.precision == "bf16" else FP32
-    flops = 3 * micro * forward_flops(config, plan, shape)  # the backward pass takes twice the forward
-    tokens = _tokens(plan, shape)
+    flops = 3 * micro * forward_flops(config, made, shape)  # the backward pass takes twice the forward
+    tokens = _tokens(made, shape)
     moe_layers = config.model.layers - config.model.dense_layers
     rows = tokens * expert_ranks(config, mesh) * moe_layers
     # there and back, forward and backward; the share that stays on the rank is not sent
     expert_exchange = 4 * micro * rows * config.model.dim * width * _elsewhere(mesh.expert)
-    num_sharded = sum(field_is_sharded(f.size, mesh) for f in plan.schema.fields.values())
+    num_sharded = sum(field_is_sharded(f.size, mesh) for f in made.schema.fields.values())
     ids = micro * num_sharded * shape.tokens * _elsewhere(mesh.gpus)
     table_exchange = ids * (2 * config.model.dim * FP32 + 8)
-    whole = counts.dense + sum(n for name, n in counts.tables.items() if not is_sharded(name, plan, mesh))
-    passes = (
-        3 if mesh.strategy == "fsdp2" else 2
-    )  # gather twice and scatter once; or scatter and gather of an all-reduce
+    whole = counts.dense + sum(n for name, n in counts.tables.items() if not is_sharded(name, made, mesh))
+    # gather twice and scatter once; or the scatter and the gather of an all-reduce
+    passes = 3 if mesh.strategy == "fsdp2" else 2
     reduction = FP32 * passes * whole * _elsewhere(mesh.gpus)
     reduction += FP32 * 2 * counts.experts / mesh.expert * _elsewhere(mesh.data)
 
     compute_s = flops / (gpu.flops[config.training.precision] * gpu.compute_share)
-    updated = state_numbers(plan, counts, mesh)
+    updated = state_numbers(made, counts, mesh)
     memory_s = (updated * FP32 * 9 + micro * 4 * activation_bytes) / (gpu.bandwidth * gpu.bandwidth_share)
     exchange_s = expert_exchange / _link(gpu, mesh.expert) + table_exchange / _link(gpu, mesh.gpus)
     hidden_s = OVERLAP * compute_s
@@ -167,10 +166,10 @@ def micro_batches(config: RunConfig, mesh: Mesh) -> int:
     return max(1, -(-(config.training.accumulate or mesh.gpus) // mesh.gpus))
 
 
-def forward_flops(config: RunConfig, plan: Blueprint, shape: Shape) -> float:
+def forward_flops(config: RunConfig, made: Blueprint, shape: Shape) -> float:
     """Of one micro-batch: two per weight and row in every matrix product, causal attention counted by half."""
-    model, dim, layers = plan.model, config.model.dim, config.model.layers
-    questions = _tokens(plan, shape) - shape.tokens
+    model, dim, layers = made.model, config.model.dim, config.model.layers
+    questions = _tokens(made, shape) - shape.tokens
     per_token = 0.0
     for block in model.encoder.blocks:
         per_token += 2 * linear_weights(block)
@@ -186,37 +185,37 @@ def forward_flops(config: RunConfig, plan: Blueprint, shape: Shape) -> float:
         2 * linear_weights(model.indicators) * shape.examples
         + 2 * shape.tokens * model.embedding.interpolated.weight.numel()
     )
-    return flops + sum(_head_flops(name, head, plan, shape) for name, head in model.heads.items())
+    return flops + sum(_head_flops(name, head, made, shape) for name, head in model.heads.items())
 
 
-def _head_flops(name: str, head: object, plan: Blueprint, shape: Shape) -> float:
+def _head_flops(name: str, head: object, made: Blueprint, shape: Shape) -> float:
     if not isinstance(head, FieldHead):
         return 2.0 * shape.examples * sum(p.numel() for p in head.parameters() if p.ndim == 2)  # type: ignore[attr-defined]
-    softmax = _softmax_of(name, plan)
+    softmax = _softmax_of(name, made)
     rows = shape.examples if head.copy is not None else shape.tokens
     scored = head.tied.num_embeddings if softmax is None or softmax.num_negatives is None else softmax.num_negatives
     return 2.0 * rows * (linear_weights(head) + scored * head.tied.embedding_dim)
 
 
-def _softmax_of(name: str, plan: Blueprint) -> EventSoftmax | None:
+def _softmax_of(name: str, made: Blueprint) -> EventSoftmax | None:
     """How the head of this name is learnt; None: over all ids."""
-    for objective in plan.pretraining.values():
+    for objective in made.pretraining.values():
         for field, softmax in getattr(objective, "softmax", {}).items():
             if objective.head_name(field) == name:
                 return softmax
-    task = plan.tasks.get(name)
-    return task.softmax if task is not None and plan.model.reads_events and task.head_spec().reads == "event" else None
+    task = made.tasks.get(name)
+    return task.softmax if task is not None and made.model.reads_events and task.head_spec().reads == "event" else None
 
 
-def state_numbers(plan: Blueprint, counts: Counts, mesh: Mesh) -> float:
+def state_numbers(made: Blueprint, counts: Counts, mesh: Mesh) -> float:
     """Parameters that one rank keeps and updates."""
-    return counts.dense / dense_ranks(mesh) + counts.experts / mesh.expert + table_numbers(plan, counts, mesh)
+    return counts.dense / dense_ranks(mesh) + counts.experts / mesh.expert + table_numbers(made, counts, mesh)
 
 
-def table_numbers(plan: Blueprint, counts: Counts, mesh: Mesh) -> float:
+def table_numbers(made: Blueprint, counts: Counts, mesh: Mesh) -> float:
     """Of these, those in tables."""
     return sum(
-        n / (mesh.gpus if is_sharded(name, plan, mesh) else dense_ranks(mesh)) for name, n in counts.tables.items()
+        n / (mesh.gpus if is_sharded(name, made, mesh) else dense_ranks(mesh)) for name, n in counts.tables.items()
     )
 
 
@@ -225,14 +224,14 @@ def dense_ranks(mesh: Mesh) -> int:
     return mesh.gpus if mesh.strategy == "fsdp2" else 1
 
 
-def is_table(name: str, plan: Blueprint) -> bool:
+def is_table(name: str, made: Blueprint) -> bool:
     """Whether the parameter of this name is a table's, or a bias of its rows."""
-    return getattr(plan.model.get_parameter(name), "is_table", False)
+    return getattr(made.model.get_parameter(name), "is_table", False)
 
 
-def is_sharded(name: str, plan: Blueprint, mesh: Mesh) -> bool:
+def is_sharded(name: str, made: Blueprint, mesh: Mesh) -> bool:
     """Whether the parameter of this name lies by rows on all ranks."""
-    return field_is_sharded(plan.model.get_parameter(name).shape[0], mesh)
+    return field_is_sharded(made.model.get_parameter(name).shape[0], mesh)
 
 
 def field_is_sharded(size: int, mesh: Mesh) -> bool:
@@ -240,9 +239,9 @@ def field_is_sharded(size: int, mesh: Mesh) -> bool:
     return size >= _limit(mesh)
 
 
-def _tokens(plan: Blueprint, shape: Shape) -> int:
+def _tokens(made: Blueprint, shape: Shape) -> int:
     """Events and indicator tokens of a micro-batch."""
-    return shape.tokens + shape.examples * (1 + len(plan.model.readout.questions))
+    return shape.tokens + shape.examples * (1 + len(made.model.readout.questions))
 
 
 def _elsewhere(ranks: int) -> float:
