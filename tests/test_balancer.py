@@ -57,7 +57,6 @@ OPTIONS: dict[str, dict] = {name: {} for name in REGISTRY} | {
     "fixed": {"weights": {"churn": 2.0}},
     "dwa": {"period": 1},
     "stch": {"warmup": 1},
-    "seesaw": {"every": 1, "memory": 0.5, "temperature": 0.01},
 }
 
 

@@ -16,7 +16,7 @@ from supermoe.seesaw import main
 from supermoe.studies import seesaw, seesaw_runs
 from supermoe.typed_yaml import UserError
 
-COMMAND = ["--config", "config.yaml", "--seeds", "1", "--methods", "uncertainty,shared_bottom"]
+COMMAND = ["--config", "config.yaml", "--seeds", "1", "--methods", "seesaw,shared_bottom"]
 VARIANT = ["--variant", "slow: loss.balancer=equal training.lr=1e-4"]
 
 
@@ -51,14 +51,14 @@ def result() -> dict:
 
 def test_the_report_is_complete(inside: Path) -> None:
     found = result()
-    assert list(found["methods"]) == ["equal", "uncertainty", "shared_bottom", "slow"]
+    assert list(found["methods"]) == ["equal", "seesaw", "shared_bottom", "slow"]
     assert (found["split"], found["selected_on"], found["own"], found["seeds"]) == ("test", "valid", "equal", [3])
     for row in found["tasks"].values():
         assert len(row["alone"]["values"]) == 1
         for method in row["methods"].values():
             assert method["gain"] == pytest.approx(method["mean"] - row["alone"]["mean"])
             assert method["interval"][0] <= method["interval"][1]
-    equal, moving = found["methods"]["equal"], found["methods"]["uncertainty"]
+    equal, moving = found["methods"]["equal"], found["methods"]["seesaw"]
     assert list(equal["weights"]["weight"][0]) == list(moving["weights"]["weight"][0])
     assert equal["gradients"]["tasks"] == ["churn", "types"]
     assert sum(equal["experts"]["layer 0"]["churn"]) == pytest.approx(1)
@@ -75,12 +75,15 @@ def test_every_training_is_a_run_that_differs_only_where_it_should(inside: Path)
     assert len(folders) == 2 + 4
     configs = {folder.name.rpartition("-")[0]: load_run(folder / "config.yaml") for folder in folders}
     assert list(configs["alone.churn-seed3"].tasks) == ["churn"]
-    assert list(configs["uncertainty-seed3"].tasks) == ["churn", "types"]
+    assert list(configs["seesaw-seed3"].tasks) == ["churn", "types"]
     assert configs["shared_bottom-seed3"].model.readout.type == "shared_bottom"
     assert configs["shared_bottom-seed3"].loss.balancer.type == "equal"
     assert {config.store for config in configs.values()} == {Path("run/store")}
     assert {config.training.max_steps for config in configs.values()} == {1}
     assert configs["equal-seed3"].seed == 3
+    assert configs["equal-seed3"].loss.teachers is None
+    assert configs["seesaw-seed3"].loss.teachers == Path("run/seesaw/teachers")  # the twins that were trained first
+    assert configs["seesaw-seed3"].loss.balancer.reference == Path("run/seesaw/reference.json")
     for folder in folders:
         assert {"env.json", "log.txt", "metrics.jsonl", "report.json"} <= {path.name for path in folder.iterdir()}
 
@@ -111,7 +114,7 @@ def test_the_validation_split_can_be_reported_without_training(inside: Path, mon
     monkeypatch.setattr(seesaw, "write_seesaw_report", lambda out, result: None)
     monkeypatch.setattr(seesaw, "publish_text", lambda path, text: None)
     assert (
-        seesaw.study(seesaw.Request(Path("config.yaml"), seeds=1, methods=["uncertainty"], split="valid"))["split"]
+        seesaw.study(seesaw.Request(Path("config.yaml"), seeds=1, methods=["seesaw"], split="valid"))["split"]
         == "valid"
     )
 

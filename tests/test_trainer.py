@@ -74,7 +74,7 @@ def test_a_balancer_continues_where_it_was(tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {"balancer": {"balancer": kind}, "max_steps": 5, "checkpoint_every": 2}
     options |= {"evaluate_every": 2, "ema": None}
     if kind == "seesaw":
-        options["balancer"] |= {"every": 2, "temperature": 1e-3, "follow": ["churn", "age"]}
+        options["balancer"] |= {"temperature": 1e-3, "follow": ["churn", "age"]}
     whole = finish(tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         finish(tmp_path / "killed", train=FakeBatches(5, fail_at=3), **options)
@@ -87,7 +87,7 @@ def test_a_balancer_continues_where_it_was(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_replay_tells_the_balancer_what_the_evaluations_of_another_run_found(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"balancer": {"balancer": "seesaw", "stop": False, "project": False}, "max_steps": 4}
+    options: dict[str, Any] = {"balancer": {"balancer": "seesaw", "stop": False}, "max_steps": 4}
     first = finish(tmp_path / "first", evaluate_every=2, **options)
     (half, gains), (end, _) = first.progress["evaluations"]
     assert (half, end) == (0.5, 1.0)

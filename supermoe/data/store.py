@@ -30,6 +30,7 @@ from supermoe.data.splits import SPLITS
 from supermoe.typed_yaml import UserError, validate
 
 FORMAT_VERSION = 1
+UTC = pa.timestamp("us", tz="UTC")
 REMEDY = "delete the folder and prepare it again with `python -m supermoe.prepare --config ...`"
 
 
@@ -130,6 +131,12 @@ class Store:
     def rows_of(self, split: str) -> np.ndarray:
         """Rows of the examples of one split."""
         return np.flatnonzero(np.asarray(self.examples.split) == SPLITS[split])
+
+    def who_and_when(self, rows: np.ndarray) -> pa.Table:
+        """What names examples outside of the store: the columns user_id (the user's own type) and cut."""
+        user = self.users["user"].take(pa.array(np.asarray(self.examples.user)[rows]))
+        cut = pa.array(np.asarray(self.examples.cut)[rows] * 1_000_000, pa.int64()).cast(UTC)
+        return pa.table({"user_id": user, "cut": cut})
 
     @cached_property
     def features(self) -> np.ndarray:

@@ -10,11 +10,11 @@ Labels depend on what can be seen of it before the cut, and on chance:
 | task    | law                                              | training examples asked |
 |---------|--------------------------------------------------|-------------------------|
 | click   | logit 1.2 s_0 + 0.8 s_1                          | all                     |
-| leave   | logit -1.2 s_0 + 0.8 s_1                         | all                     |
+| leave   | logit -1.2 s_0 + 0.8 s_1                         | 10 %                    |
 | spend   | 5,000 + 2,000 s_0 s_1 + 2,000 N(0, 1)            | all                     |
 | upgrade | logit -2 s_0 s_1                                 | 10 %                    |
-| segment | four classes, logits 1.5 (s_2, -s_2, s_3, -s_3)  | 25 %                    |
-| back    | logit -3 e g                                     | 50 %                    |
+| segment | four classes, logits 1.5 (s_2, -s_2, s_3, -s_3)  | 20 %                    |
+| back    | logit -3 e g                                     | all                     |
 
 `click` and `leave` pull along one axis in opposite directions, `spend` and `upgrade` along a product of two that the
 linear tasks have no use for, `segment` needs the axes that all others ignore, `back` a product of event types and time
@@ -42,7 +42,7 @@ from supermoe.typed_yaml import UserError
 
 Array = NDArray[np.float64]
 
-VERSION = 1
+VERSION = 2
 DAY = 86_400
 MONTH = 28 * DAY  # the label window, and the time between two cuts
 START = 1_704_067_200  # 2024-01-01 UTC
@@ -52,7 +52,7 @@ NUM_TRAINING_CUTS = 3
 EVENTS = np.array(["view", "cart", "buy"])
 NUM_AXES = 4
 SPREAD = 1.3  # of the log-ratios, so that the s_k have a deviation of about 1
-ASKED = {"click": 1.0, "leave": 1.0, "spend": 1.0, "upgrade": 0.1, "segment": 0.25, "back": 0.5}
+ASKED = {"click": 1.0, "leave": 0.1, "spend": 1.0, "upgrade": 0.1, "segment": 0.2, "back": 1.0}
 SEGMENTS = np.array(["a", "b", "c", "d"])
 MANIFEST = "simulation.json"
 
@@ -66,7 +66,7 @@ class Synthetic:
     class Config(typed_yaml.Config):
         type: str = "synthetic"
         path: str  # folder of the simulated files
-        users: int = Field(2500, ge=50)
+        users: int = Field(4000, ge=50)
         seed: int = Field(0, ge=0)
 
     def __init__(self, config: Synthetic.Config):

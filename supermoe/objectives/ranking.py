@@ -35,6 +35,7 @@ class _Ranking(Task):
     """Metrics, prior and decoding of ranked ids."""
 
     main_metric = "ndcg@10"
+    can_be_taught = False  # predictions hold the top of the ranking only
     prior_C: Tensor  # popularity of the ids from FIRST_ID on
 
     def __init__(self, config: Any, *, name: str, label: LabelSchema, schema: Schema):

@@ -42,11 +42,14 @@ class Task:
 
     Config: type[TaskConfig]
     main_metric: ClassVar[str]  # higher is better, 1 is perfect
+    can_be_taught: ClassVar[bool] = True  # whether `decode` says all that the task believes
 
     def __init__(self, config: Any, *, name: str, label: LabelSchema, schema: Schema):
         self.config, self.name, self.label, self.schema = config, name, label, schema
         self.prior_loss = 1.0
         self.num_users = 1  # that have a label in training
+        self.teacher: Tensor | None = None  # see `teach`
+        self.teaching = 0.0
 
     # --- set-up ---
 
@@ -87,13 +90,34 @@ class Task:
     def loss(self, head: Any, output: Any, batch: Batch) -> tuple[Tensor, int]:
         """Sum of the losses of the examples that are asked (fp32 scalar with a gradient), and their number."""
         labels = batch.labels[self.name]
-        asked_B = asked(labels)
-        loss_B = self.losses(self.logits(head, output, batch), labels)
+        asked_B, logits_BC = asked(labels), self.logits(head, output, batch)
+        loss_B = self.losses(logits_BC, labels)
+        if self.teacher is not None:
+            loss_B = self._taught(loss_B, logits_BC, batch.example_B)
         return torch.where(asked_B, loss_B, 0.0).sum(), int(asked_B.sum())
 
     def losses(self, logits_BC: Tensor, labels: Labels) -> Tensor:
         """Loss of every example -> fp32 [B]; finite where not asked."""
         raise NotImplementedError
+
+    def teach(self, answers: Tensor, share: float) -> None:
+        """Learn also from another model's answers: with `share` in place of the labels' losses.
+
+        Answers are what `decode` gives, one row per example of the store; NaN where there is none, and the label counts
+        alone. As losses are linear in a distribution, and squares are up to a constant, this is a label that is mixed.
+        """
+        self.teacher, self.teaching = answers, share
+
+    def _taught(self, loss_B: Tensor, logits_BC: Tensor, example_B: Tensor) -> Tensor:
+        assert self.teacher is not None
+        answer = self.teacher[example_B.to(self.teacher.device)].to(logits_BC.device)
+        known_B = ~answer.isnan() if answer.ndim == 1 else ~answer[:, 0].isnan()
+        soft_B = self.soft_losses(logits_BC, answer.nan_to_num())
+        return torch.where(known_B, torch.lerp(loss_B, soft_B, self.teaching), loss_B)
+
+    def soft_losses(self, logits_BC: Tensor, answer: Tensor) -> Tensor:
+        """Loss of every example against what `decode` may give, in place of a label -> fp32 [B]."""
+        return self.losses(logits_BC, answer)
 
     def logits(self, head: Any, output: Any, batch: Batch) -> Tensor:
         """The head's answers to all examples, in fp32."""

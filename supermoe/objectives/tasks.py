@@ -108,6 +108,9 @@ class Multiclass(Task):
         hit_B = log_p_BC.gather(1, labels.clamp(min=0)[:, None])[:, 0]
         return -(1 - smooth) * hit_B - smooth * log_p_BC.mean(dim=-1)
 
+    def soft_losses(self, logits_BC: Tensor, answer: Tensor) -> Tensor:
+        return -(answer * self.log_probabilities(logits_BC)).sum(dim=-1)
+
     def decode(self, logits_BC: Tensor) -> Tensor:
         return self.log_probabilities(logits_BC).exp()
 
@@ -205,7 +208,10 @@ class Multilabel(Task):
 
     def losses(self, logits_BC: Tensor, labels: Labels) -> Tensor:
         assert isinstance(labels, SetLabels)
-        return F.binary_cross_entropy_with_logits(logits_BC, self.multi_hot(labels), reduction="none").mean(dim=-1)
+        return self.soft_losses(logits_BC, self.multi_hot(labels))
+
+    def soft_losses(self, logits_BC: Tensor, answer: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits_BC, answer, reduction="none").mean(dim=-1)
 
     def decode(self, logits_BC: Tensor) -> Tensor:
         return logits_BC.sigmoid()

@@ -7,6 +7,7 @@ the balancer `equal`), or a variant, which is a name for overrides of the config
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from supermoe.config import RunConfig, load_run
 from supermoe.data.batches import label_rows
-from supermoe.data.disk import publish_text, read_json, writing
+from supermoe.data.disk import publish_text, publishing, read_json, writing
 from supermoe.data.prepare import fingerprint, prepare
 from supermoe.data.store import Store
 from supermoe.model.readouts import REGISTRY as READOUTS
@@ -31,7 +32,9 @@ from supermoe.training.metrics import finite, read_metrics
 from supermoe.typed_yaml import UserError, build, nearest
 
 REMEDY = "delete the folder it lies in and run the same command again"
-REFERENCE = "reference.json"  # gain of every task alone: what the balancer `seesaw` can take as its reference
+REFERENCE = "reference.json"  # gain of every task alone: what the balancer `seesaw` takes as its reference
+TEACHERS = "teachers"  # their answers to the training examples: what `loss.teachers` can name
+SEESAW = "seesaw"  # the balancer that is given both
 MAX_POINTS = 200  # of a curve of weights in the report
 
 
@@ -54,7 +57,7 @@ def study(request: Request) -> dict[str, Any]:
     base = load_run(request.config, request.overrides)
     if len(base.tasks) < 2:
         raise UserError(f"{request.config}: a seesaw needs two tasks or more, there is only '{next(iter(base.tasks))}'")
-    out = request.out or base.run / "seesaw"
+    out = _folder(request, base)
     methods = method_configs(request, base)
     source = build("supermoe.data.sources", base.data.source)
     with writing(out):
@@ -69,11 +72,17 @@ def study(request: Request) -> dict[str, Any]:
         with progress(trainings) as bar:
             carry_out(singles, request.jobs, bar)
             publish_text(out / REFERENCE, json.dumps(references(singles), indent=1) + "\n")
+            publish_teachers(singles, out / TEACHERS)
             carry_out(trainings, request.jobs, bar)
         result = _head(request, base) | summarise(tasks, store, request.split, trainings, _optimal(source))
         publish_text(out / "seesaw.json", json.dumps(finite(result), indent=1) + "\n")
         write_seesaw_report(out, result)
     return result
+
+
+def _folder(request: Request, base: RunConfig) -> Path:
+    """Where the study lies."""
+    return request.out or base.run / "seesaw"
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
@@ -98,7 +107,7 @@ def method_configs(request: Request, base: RunConfig) -> dict[str, RunConfig]:
             raise UserError(f"--methods: unknown method '{name}', {nearest(name, known)}")
         try:
             config = load_run(request.config, [*request.overrides, *_overrides(name, request, base)])
-            if name not in request.variants:  # whose reference may be what this study writes
+            if name not in (SEESAW, *request.variants):  # whose reference may be what this study writes
                 build("supermoe.objectives.balancers", config.loss.balancer, names=list(config.tasks))
             found[name] = config
         except UserError as error:
@@ -114,13 +123,16 @@ def _overrides(name: str, request: Request, base: RunConfig) -> list[str]:
         return request.variants[name]
     if name == own_method(base):
         return []
+    if name == SEESAW:
+        out = _folder(request, base)
+        return [f"loss.balancer={{type: {SEESAW}, reference: '{out / REFERENCE}'}}", f"loss.teachers={out / TEACHERS}"]
     return [f"model.readout={name}", "loss.balancer=equal"] if name in READOUTS else [f"loss.balancer={name}"]
 
 
 def alone(request: Request, base: RunConfig, task: str) -> RunConfig:
     """The same encoder, budget and pre-training for one task only; early stopping follows this task."""
     others = [f"tasks.{name}=null" for name in base.tasks if name != task]
-    return load_run(request.config, [*request.overrides, *others, "loss.balancer=equal"])
+    return load_run(request.config, [*request.overrides, *others, "loss.balancer=equal", "loss.teachers=null"])
 
 
 def _check(store: Store, request: Request, methods: dict[str, RunConfig], source: Any) -> None:
@@ -150,6 +162,14 @@ def references(singles: list[Training]) -> dict[str, float]:
         rows = [row["gain"][task] for row in read_metrics(training.folder) if row["kind"] == "valid"]
         gains.setdefault(task, []).append(max((gain for gain in rows if gain is not None), default=0.0))
     return {task: float(np.mean(values)) for task, values in gains.items()}
+
+
+def publish_teachers(singles: list[Training], folder: Path) -> None:
+    """Lay the answers of every task alone to the training examples out as `loss.teachers` wants them."""
+    for training in singles:
+        task = training.name.removeprefix(f"{ALONE}.")
+        with publishing(folder / f"seed{training.seed}" / f"{task}.parquet") as beside:
+            shutil.copyfile(training.folder / "predictions" / "train" / f"{task}.parquet", beside)
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------

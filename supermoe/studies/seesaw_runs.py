@@ -164,7 +164,8 @@ def train(folder: Path) -> None:
         run.trainer.resume()
         write_environment(folder)
         run.trainer.fit()
-        for split in ("valid", "test"):
+        answers = ["train"] if len(config.tasks) == 1 else []  # from which a model of all tasks may learn
+        for split in (*answers, "valid", "test"):
             if len(run.store.rows_of(split)):
                 evaluation = run.evaluate(split)
                 write_predictions(folder / "predictions", run.store, run.tasks, evaluation)

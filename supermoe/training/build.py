@@ -29,6 +29,7 @@ from supermoe.training.evaluation import Evaluation, evaluate
 from supermoe.training.router_health import EVENT
 from supermoe.training.seeding import seed_everything
 from supermoe.training.sharded_weights import load_weights
+from supermoe.training.teachers import teach
 from supermoe.training.trainer import RETRAIN, Trainer
 from supermoe.training.warm_start import warm_start
 from supermoe.typed_yaml import UserError, build
@@ -101,6 +102,13 @@ def build_run(
         torch.set_num_threads(config.training.threads)
     choose_backend(config.training.backend)
     tasks = build_tasks(config, store)
+    if config.loss.teachers is not None:
+        untaught = teach(tasks, store, config.loss.teachers, config.seed, config.loss.teaching)
+        if untaught:
+            warnings.warn(
+                f"loss.teachers: {', '.join(untaught)}: learnt from labels alone, as rankings have no teacher",
+                stacklevel=2,
+            )
     heads = {name: task.head_spec() for name, task in tasks.items()}
     pretraining = {
         name: build("supermoe.objectives.pretraining", item, name=name, schema=store.schema)

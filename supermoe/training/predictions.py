@@ -18,8 +18,6 @@ from supermoe.objectives.task import Labels, Scores, Task, asked, take_labels
 from supermoe.training.build import id_values
 from supermoe.training.evaluation import Evaluation
 
-UTC = pa.timestamp("us", tz="UTC")
-
 
 def write_predictions(folder: Path, store: Store, tasks: dict[str, Task], evaluation: Evaluation) -> Path:
     """Write `<folder>/<split>/<task>.parquet` and return `<folder>/<split>`.
@@ -41,14 +39,9 @@ def prediction_table(store: Store, task: Task, evaluation: Evaluation) -> pa.Tab
     index = torch.nonzero(asked(labels))[:, 0]
     rows = evaluation.example_n[index.numpy()]
     values = class_values(store, task)
-    table = pa.table(
-        {
-            "user_id": store.users["user"].take(pa.array(np.asarray(store.examples.user)[rows])),
-            "cut": pa.array(np.asarray(store.examples.cut)[rows] * 1_000_000, pa.int64()).cast(UTC),
-            "target": _targets(take_labels(labels, index), values),
-            **_scores({key: array[index.numpy()] for key, array in scores.items()}, values),
-        }
-    )
+    table = store.who_and_when(rows).append_column("target", _targets(take_labels(labels, index), values))
+    for name, column in _scores({key: array[index.numpy()] for key, array in scores.items()}, values).items():
+        table = table.append_column(name, column)
     if values is None or "score" not in scores:
         return table
     return table.replace_schema_metadata({"classes": json.dumps(values.to_pylist(), default=str)})
