@@ -8,6 +8,8 @@ import pytest
 from supermoe.data.numerals import suspect
 from supermoe.typed_yaml import UserError
 
+LISTS = ("3,50", "1,2,3", "4,5,6", "7,8,9", "12,34,56")
+
 
 def look_at(*values):
     con = duckdb.connect()
@@ -29,9 +31,13 @@ def test_numbers_with_a_word_among_them_are_spoken_of(number):
     assert "nulls: ['NA']" in note
 
 
+def test_half_of_the_values_may_be_one_word():
+    assert "50% of its values are numbers, as it also holds 'NULL'" in look_at("3.5", "NULL", "4", "NULL")[0]
+
+
 @pytest.mark.parametrize(
     "values",
-    [(), (None,), ("milk", "7"), ("007", "012"), ("12,34,56", "3,50"), ("7", "8"), ("1_000", "a"), ("a, b",)],
+    [(), (None,), ("milk", "bread", "beer", "wine", "7"), ("007", "012"), ("7", "8"), ("1_000", "a"), ("a, b",), LISTS],
     ids=str,
 )
 def test_names_are_names(values):

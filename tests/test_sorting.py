@@ -11,35 +11,47 @@ from supermoe.data.fields import stored_sql
 from supermoe.data.sorting import sort_log
 
 
-def sorted_log(tmp_path, rows, user_type="BIGINT", **columns):
+def sorted_log(tmp_path, rows, user_type="BIGINT", users=None, **columns):
     """A connection with the views; `rows` is a SELECT of user, time and what the columns read."""
     con = duckdb.connect()
     con.execute(f"CREATE TABLE events AS SELECT *, row_number() OVER () AS file_order FROM ({rows})")
+    if users:
+        con.execute(f"CREATE VIEW users AS {users}")
     (num_events,) = con.execute("SELECT count(*) FROM events").fetchall()[0]
-    sort_log(con, "FROM events", columns, {"event": "it's"}, user_type, num_events, tmp_path)
+    view = "users" if users else None
+    sort_log(con, "FROM events", columns, {"event": "it's"}, user_type, num_events, view, tmp_path)
     return con
 
 
 RANDOM = "SELECT {user} AS user, make_timestamp((hash(i) % 50 * 1000000)::BIGINT) AS time, i AS n FROM range(3000) t(i)"
+LISTED = "SELECT {user} AS user FROM range(90) t(i)"
 
 
-@pytest.mark.parametrize(("user", "user_type"), [("hash(i, 1) % 400", "BIGINT"), ("(i % 40)::VARCHAR", "VARCHAR")])
+@pytest.mark.parametrize(
+    ("user", "user_type", "users"),
+    [
+        ("(hash(i, 1) % 400)::BIGINT", "BIGINT", None),
+        ("(i % 40)::VARCHAR", "VARCHAR", None),
+        ("(hash(i, 1) % 400)::BIGINT", "BIGINT", "i * 9 - 100"),
+        ("(i % 40)::VARCHAR", "VARCHAR", "(i * 3)::VARCHAR"),
+    ],
+)
 @pytest.mark.parametrize("batch_rows", [1, 7, 10_000])
-def test_rows_are_numbered_by_user_and_position(tmp_path, monkeypatch, user, user_type, batch_rows):
+def test_rows_are_numbered_by_user_and_position(tmp_path, monkeypatch, user, user_type, users, batch_rows):
     monkeypatch.setattr(sorting, "GROUP_ROWS", batch_rows)
-    con = sorted_log(tmp_path, RANDOM.format(user=user), user_type, n="n")
+    listed = users and LISTED.format(user=users)
+    con = sorted_log(tmp_path, RANDOM.format(user=user), user_type, listed, n="n")
+    everyone = 'SELECT DISTINCT "user" FROM events' + (f" UNION {listed}" if listed else "")
+    con.execute(f'CREATE TABLE ranked AS SELECT "user", row_number() OVER (ORDER BY "user") - 1 AS r FROM ({everyone})')
     wanted = (
-        'SELECT dense_rank() OVER (ORDER BY "user") - 1, row_number() OVER (PARTITION BY "user" ORDER BY time, n) - 1, '
+        'SELECT r, row_number() OVER (PARTITION BY "user" ORDER BY time, n) - 1, '
         "time, n, 'it''s', "
-        'row_number() OVER (ORDER BY "user", time, n) - 1 FROM events ORDER BY "user", time, n'
+        'row_number() OVER (ORDER BY "user", time, n) - 1 FROM events JOIN ranked USING ("user") ORDER BY r, time, n'
     )
     assert con.execute("FROM log ORDER BY row").fetchall() == con.execute(wanted).fetchall()
     assert con.execute("FROM log_sample ORDER BY row").fetchall() == con.execute(wanted).fetchall()
-    counted = (
-        'SELECT row_number() OVER (ORDER BY "user") - 1, "user", '
-        '(sum(n) OVER (ORDER BY "user") - n)::BIGINT, n FROM (SELECT "user", count(*) AS n FROM events GROUP BY "user")'
-    )
-    assert con.execute("FROM active").fetchall() == con.execute(f"{counted} ORDER BY ALL").fetchall()
+    counted = 'SELECT "user", count(*) FROM events GROUP BY "user" ORDER BY "user"'
+    assert con.execute("FROM active").fetchall() == con.execute(counted).fetchall()
 
 
 def test_the_sample_of_a_long_log_is_spread_over_it(tmp_path, monkeypatch):

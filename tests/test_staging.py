@@ -59,7 +59,7 @@ def test_users_without_events_are_people_too(tmp_path):
     log = staged(tmp_path, Frames(events, users=users))
     assert log.attributes == ["age"]
     found = rows(log, 'SELECT user_row, "user", first_row, num_events, age FROM people ORDER BY user_row')
-    assert found == [(0, 2, 0, 1, None), (1, 5, 1, 2, 50), (2, 3, 3, 0, 30), (3, 9, 3, 0, 90)]
+    assert found == [(0, 2, 0, 1, None), (1, 3, 1, 0, 30), (2, 5, 1, 2, 50), (3, 9, 3, 0, 90)]
     assert rows(log, "SELECT age FROM log ORDER BY row") == [(3,), (1,), (2,)]
 
 
@@ -69,6 +69,15 @@ def test_label_tables_are_numbered_like_the_log(tmp_path):
     log = staged(tmp_path, Frames(events, tables={"orders": orders}))
     assert rows(log, "SELECT user_row, amount FROM table_orders") == [(0, 3.0), (1, 1.0)]
     assert log.tables == ["orders"]
+
+
+def test_tables_that_know_no_user_of_the_log_are_refused(tmp_path):
+    events = pd.DataFrame({"user": ["17", "18"], "time": hours(0, 1)})
+    others = pd.DataFrame({"user": ["0017"], "time": hours(3)})
+    with pytest.raises(UserError, match=r"source\.users: none of its users has an event; .* '0017', .* '17'"):
+        staged(tmp_path, Frames(events, users=others[["user"]]))
+    with pytest.raises(UserError, match=r"source\.tables\.orders: none of its users"):
+        staged(tmp_path, Frames(events, tables={"orders": others}))
 
 
 def test_several_event_types_make_event_a_field(tmp_path):

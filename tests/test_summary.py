@@ -71,3 +71,11 @@ def test_text_for_people(writer):
     assert "field     tags: kind categories, size 5, unknown 0.25" in lines
     assert "label     churn: train (asked 5, mean 0.25)" in lines
     assert lines[-1] == "audit     no leak found: order, users"
+
+
+def test_a_category_that_never_recurs_is_spoken_of(writer):
+    plan = SimpleNamespace(cuts={"train": [20]})
+    writer.write("events/item", np.array([2, 0, 1, 1], np.int32))
+    found = summary.summarise(STAGED, writer, SCHEMA, plan, 1, EXAMPLES, ["order"])
+    assert found["notes"][0] == "a note"
+    assert "'item' is a category, but 100% of its values after" in found["notes"][1]

@@ -9,7 +9,7 @@ import duckdb
 from supermoe.data.sql import quote, text
 from supermoe.typed_yaml import UserError
 
-MOSTLY = 0.9  # share of numbers among the values from which on a text column is spoken of
+MOSTLY, FEW = 0.9, 3  # share of numbers, or different words among numbers, that make a text column spoken of
 PLAIN = r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"  # 007 is a name
 WITH_COMMA = r"[+-]?[0-9][0-9.]*,[0-9]+"
 
@@ -23,9 +23,10 @@ def suspect(con: duckdb.DuckDBPyConnection, names: Iterable[str]) -> list[str]:
     for name in names:
         column, has_comma = quote(name), _matches(name, WITH_COMMA)
         is_number = f"({_matches(name, PLAIN)} OR {has_comma})"
-        size, numbers, commas, comma, other = con.execute(
+        size, numbers, commas, comma, words, word = con.execute(
             f"SELECT count({column}), count(*) FILTER (WHERE {is_number}), count(*) FILTER (WHERE {has_comma}), "
-            f"min({column}) FILTER (WHERE {has_comma}), mode({column}) FILTER (WHERE NOT {is_number}) FROM log_sample"
+            f"min({column}) FILTER (WHERE {has_comma}), count(DISTINCT {column}) FILTER (WHERE NOT {is_number}), "
+            f"mode({column}) FILTER (WHERE NOT {is_number}) FROM log_sample"
         ).fetchall()[0]
         if commas and numbers == size:
             raise UserError(
@@ -33,10 +34,10 @@ def suspect(con: duckdb.DuckDBPyConnection, names: Iterable[str]) -> list[str]:
                 f"'{comma}'; give decimal: ',' beside the path of the CSV files, or data.fields.{name}: category if "
                 f"they are none."
             )
-        if other is not None and numbers >= MOSTLY * size:
+        if numbers and words and (numbers >= MOSTLY * size or words <= FEW):
             notes.append(
                 f"the column '{name}' is read as a category, though {numbers / size:.0%} of its values are numbers, as "
-                f"it also holds '{other}'; if that stands for nothing, give nulls: ['{other}'] beside the path of CSV"
+                f"it also holds '{word}'; if that stands for nothing, give nulls: ['{word}'] beside the path of CSV"
             )
     return notes
 

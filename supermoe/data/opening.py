@@ -45,7 +45,9 @@ def find_files(path: str, key: str) -> list[str]:
     expanded = str(Path(path).expanduser())
     if Path(expanded).is_dir():
         files = [
-            str(file) for file in Path(expanded).rglob("*") if file.is_file() and file.name.endswith(PARQUET + CSV)
+            str(file)
+            for file in Path(expanded).rglob("*")
+            if file.is_file() and file.name.lower().endswith(PARQUET + CSV)
         ]
         missing = f"the folder {path} holds no Parquet or CSV file"
     else:

@@ -220,7 +220,8 @@ class _Checks:
                 checks.append(_Check(theirs, f"NOT {of_our_days_sql(number, self.config.time_unit)}", "", "unit"))
             unread = f"coalesce({time} NOT BETWEEN TIMESTAMP '{EARLIEST}' AND TIMESTAMP '{LATEST}', true)"
             inside = f"min({name}) > TIMESTAMP '{EARLIEST}' AND max({name}) < TIMESTAMP '{LATEST}'"
-            all_read = f"count({name}) = count(*) AND {inside}" if type_name.startswith("TIMESTAMP") else "false"
+            is_instant = type_name.startswith("TIMESTAMP") and self.config.time_zone is None
+            all_read = f"count({name}) = count(*) AND {inside}" if is_instant else "false"
             checks.append(_Check(theirs, unread, unread_remedy(self.config), proof=all_read))
             if may_mix_zones(type_name, self.config):
                 checks.append(_Check(theirs, has_zone_sql(theirs), "", "zone"))

@@ -34,30 +34,35 @@ def sort_log(
     constants: dict[str, str],
     user_type: str,
     num_events: int,
+    users: str | None,
     folder: Path,
 ) -> None:
     """Write the sorted log into `folder`; make the views `log` and `log_sample` over it, and the table `active`.
 
     events: SELECT of "user", time, file_order and whatever `columns` (name -> SQL) read. `constants`: texts that stand
     in every row, which need not be sorted. `log_sample` has about `SAMPLE_ROWS` rows of the same columns, chosen by a
-    fixed scrambling of the row number. active(user_row, "user", first_row, num_events): users of the log in order.
+    fixed scrambling of the row number. `user_row` is the rank among the log's users and those of the view `users`.
+    active("user", num_events): users of the log.
     """
-    key, join = '"user"', ""
+    key, of_events, of_users = '"user"', "", ""
     if user_type == "VARCHAR":  # numbers are sorted in a fraction of the time that texts take
+        known = f'SELECT "user" FROM ({events})' + (f' UNION ALL SELECT "user" FROM {users}' if users else "")
         con.execute(
-            'CREATE OR REPLACE TEMP TABLE ranks AS SELECT "user" AS _user, CAST(row_number() OVER (ORDER BY "user") AS '
-            f'UINTEGER) AS _rank FROM (SELECT DISTINCT "user" FROM ({events}))'
+            'CREATE OR REPLACE TEMP TABLE ranks AS SELECT "user", CAST(row_number() OVER (ORDER BY "user") AS '
+            f"UINTEGER) AS _rank FROM (SELECT DISTINCT * FROM ({known}))"
         )
-        key, join = "_rank", 'JOIN ranks ON "user" = _user'
-    listed = ", ".join([f"{key} AS _key", "time", *(f"{sql} AS {quote(name)}" for name, sql in columns.items())])
+        key, of_events, of_users = "_rank", 'JOIN ranks USING ("user")', "JOIN ranks ON _rank = _key"
+    listed = np.zeros(0, np.int64)
+    if users:
+        listed = con.execute(f"SELECT {key} AS key FROM {users} {of_events} ORDER BY key").fetchnumpy()["key"]
+    selected = ", ".join([f"{key} AS _key", "time", *(f"{sql} AS {quote(name)}" for name, sql in columns.items())])
     names = ", ".join(["time", *map(quote, columns)])
-    by_user = f"SELECT {listed}, file_order FROM ({events}) {join}"
+    by_user = f"SELECT {selected}, file_order FROM ({events}) {of_events}"
     sorted_rows = con.sql(f"SELECT _key, {names} FROM ({by_user}) ORDER BY _key, time, file_order")
-    con.register("numbered", _write(sorted_rows.to_arrow_reader(GROUP_ROWS), num_events, folder))
-    users = 'SELECT user_row, _key AS "user", first_row, num_events FROM numbered'
-    if user_type == "VARCHAR":
-        users = 'SELECT user_row, _user AS "user", first_row, num_events FROM numbered JOIN ranks ON _key = _rank'
-    con.execute(f"CREATE OR REPLACE TEMP TABLE active AS {users} ORDER BY user_row")
+    con.register("numbered", _write(sorted_rows.to_arrow_reader(GROUP_ROWS), num_events, listed, folder))
+    user = '"user"' if of_users else '_key AS "user"'
+    counted = f"SELECT {user}, num_events FROM numbered {of_users} ORDER BY _key"
+    con.execute(f"CREATE OR REPLACE TEMP TABLE active AS {counted}")
     con.unregister("numbered")
     names = ", ".join([names, *(f"{text(value)} AS {quote(name)}" for name, value in constants.items())])
     for view, row in (("log", "file_row_number"), ("log_sample", "row")):
@@ -68,43 +73,53 @@ def sort_log(
 
 
 class _Numbering:
-    """Whose are the next rows of the log, and which of their user's are they."""
+    """Whose are the next rows of the log, and which of their user's are they.
 
-    def __init__(self, num_events: int):
-        self.dtype = np.uint32 if num_events < 2**32 else np.int64
-        self._keys, self._first_rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]  # of users, batch by batch
-        self._num_rows, self._num_users = 0, 0
-        self._key: Any = None  # of the last user so far, whose rows may go on
-        self._first_row = 0
+    `listed`: rising keys of the users table, who count whether they have events or not.
+    """
+
+    def __init__(self, num_events: int, listed: np.ndarray):
+        self.dtype = np.uint32 if num_events + len(listed) < 2**32 else np.int64
+        self._listed = listed
+        self._keys, self._first_rows = [listed[:0]], [np.zeros(0, np.int64)]  # of users with events, batch by batch
+        self._num_rows, self._num_unlisted = 0, 0
+        self._last: tuple[Any, int, int] = (None, 0, 0)  # key, user_row and first row of the user whose rows may go on
 
     def take(self, key: np.ndarray) -> dict[str, np.ndarray]:
         """user_row, position and row of the next rows; a change of `key` is where another user's begin."""
         row = np.arange(self._num_rows, self._num_rows + len(key))
-        begins = np.append(key[0] != self._key, key[1:] != key[:-1])
-        new = np.cumsum(begins)  # users up to each row; 0: the last one so far
-        first_rows = np.append(self._first_row, row[begins])
-        user_row = self._num_users - 1 + new
+        last_key, last_user, last_first = self._last
+        begins = np.append(key[0] != last_key, key[1:] != key[:-1])
+        users = np.append(last_user, self._user_rows(key[begins]))
+        firsts = np.append(last_first, row[begins])
+        which = np.cumsum(begins)  # of these users; 0: the last one so far
         self._keys.append(key[begins])
         self._first_rows.append(row[begins])
-        self._num_rows, self._num_users = self._num_rows + len(key), self._num_users + int(new[-1])
-        self._key, self._first_row = key[-1], int(first_rows[-1])
-        position = row - first_rows[new]
-        return {"user_row": user_row.astype(self.dtype), "position": position.astype(self.dtype), "row": row}
+        self._num_rows += len(key)
+        self._last = key[-1], int(users[-1]), int(firsts[-1])
+        user_row, position = users[which].astype(self.dtype), (row - firsts[which]).astype(self.dtype)
+        return {"user_row": user_row, "position": position, "row": row}
+
+    def _user_rows(self, key: np.ndarray) -> np.ndarray:
+        """Ranks of the next users among those with events and those listed."""
+        below = np.searchsorted(self._listed, key)
+        is_listed = np.searchsorted(self._listed, key, side="right") - below
+        unlisted = self._num_unlisted + np.cumsum(1 - is_listed)
+        self._num_unlisted += int((1 - is_listed).sum())
+        return below + unlisted - (1 - is_listed)
 
     def users(self) -> pa.Table:
-        """user_row, _key, first_row and num_events of all users so far."""
+        """_key and num_events of all users with events so far."""
         key, first_row = np.concatenate(self._keys), np.concatenate(self._first_rows)
-        num_events = np.diff(np.append(first_row, self._num_rows))
-        columns = {"user_row": np.arange(len(key)), "_key": key, "first_row": first_row, "num_events": num_events}
-        return pa.table(columns)
+        return pa.table({"_key": key, "num_events": np.diff(np.append(first_row, self._num_rows))})
 
 
-def _write(reader: pa.RecordBatchReader, num_events: int, folder: Path) -> pa.Table:
-    """Write log.parquet and log_sample.parquet; returns the users that were met, see `_Numbering.users`.
+def _write(reader: pa.RecordBatchReader, num_events: int, listed: np.ndarray, folder: Path) -> pa.Table:
+    """Write log.parquet and log_sample.parquet; returns the users with events, see `_Numbering`.
 
     A thread of its own writes while DuckDB merges.
     """
-    numbering = _Numbering(num_events)
+    numbering = _Numbering(num_events, listed)
     number = pa.from_numpy_dtype(numbering.dtype)
     schema = pa.schema([*list(reader.schema)[1:], ("user_row", number), ("position", number)])
     sample_schema = schema.append(pa.field("row", pa.int64()))

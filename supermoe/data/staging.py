@@ -26,8 +26,8 @@ class Staged:
     log(user_row BIGINT, position BIGINT, time TIMESTAMP, event VARCHAR, <raw columns>, row BIGINT), in (user_row,
         position) order; `row` = first_row of the user + position is the event's row in the store's columns
     log_sample: about 250,000 of these rows, for quantiles
-    people(user_row BIGINT, "user" <own type>, first_row BIGINT, num_events BIGINT, <attributes>), one row per user in
-        user_row order: those of the log by id, then those without events
+    people(user_row BIGINT, "user" <own type>, first_row BIGINT, num_events BIGINT, <attributes>), one row per user, in
+        user_row order, users without events included
     table_<name>(user_row BIGINT, time TIMESTAMP, <columns>)
     """
 
@@ -70,6 +70,7 @@ def stage(con: duckdb.DuckDBPyConnection, source: SourceTables, config: DataConf
     if source.num_null_users:
         notes.append(f"{source.num_null_users} rows without a user were left out (drop_null_users)")
     staged = _stage(con, source, fields, event_types, num_events, scratch, [*source.notes, *notes])
+    _check_ids(con, source)
     inferred = [name for name in fields if name not in {*config.fields, "event"}]
     texts = [name for name in inferred if staged.column_types[name] == "VARCHAR"]
     return replace(staged, notes=(*staged.notes, *suspect(con, texts)))
@@ -110,8 +111,8 @@ def _stage(
     notes: list[str],
 ) -> Staged:
     try:
-        _sort(con, source.events, fields, event_types, num_events, scratch)
-        attributes = _make_people(con, source.users, num_events)
+        _sort(con, source, fields, event_types, num_events, scratch)
+        attributes = _make_people(con, source.users)
     except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
         raise UserError(f"data.source: a file does not hold what its first rows promise: {complaint(error)}") from None
     for name, view in source.tables.items():
@@ -137,6 +138,18 @@ def _stage(
     )
 
 
+def _check_ids(con: duckdb.DuckDBPyConnection, source: SourceTables) -> None:
+    """Refuse a further table that knows none of the log's users: their ids are written in two ways."""
+    views = {"users": source.users} if source.users else {}
+    for name, view in (views | {f"tables.{name}": view for name, view in source.tables.items()}).items():
+        if not _rows(con, f'SELECT 1 FROM active SEMI JOIN {quote(view)} USING ("user") LIMIT 1'):
+            ids = [_rows(con, f'SELECT min("user") FROM {rows}')[0][0] for rows in (quote(view), "active")]
+            raise UserError(
+                f"data.source.{name}: none of its users has an event; its first id is {ids[0]!r}, that of the events "
+                f"{ids[1]!r}. Write ids alike, or leave the table out."
+            )
+
+
 def _count(con: duckdb.DuckDBPyConnection, events: str) -> tuple[dict[str, int], int]:
     """Number of events of each type, and of all, those without a type included."""
     counts = _rows(con, f"SELECT event, count(*) FROM {quote(events)} GROUP BY event ORDER BY event")
@@ -151,33 +164,40 @@ def _types(con: duckdb.DuckDBPyConnection, view: str) -> dict[str, str]:
     return {row[0]: row[1] for row in _rows(con, f"DESCRIBE {quote(view)}")}
 
 
-def _make_people(con: duckdb.DuckDBPyConnection, users: str | None, num_events: int) -> list[str]:
+def _make_people(con: duckdb.DuckDBPyConnection, users: str | None) -> list[str]:
     """Make the table people of the log's users and those of the view `users`; returns the names of the attributes."""
     attributes: list[str] = []
     rows = "active"
     if users:
         attributes = [name for name in _types(con, users) if name != "user"]
         rows = (
-            'SELECT row_number() OVER (ORDER BY user_row NULLS LAST, "user") - 1 AS user_row, "user", '
-            ""
-            f"coalesce(first_row, {num_events}) AS first_row, coalesce(num_events, 0) AS num_events, "
-            f'u.* EXCLUDE ("user") FROM active FULL JOIN {users} AS u USING ("user")'
+            'SELECT "user", coalesce(num_events, 0) AS num_events, u.* EXCLUDE ("user") '
+            f'FROM active FULL JOIN {users} AS u USING ("user")'
         )
-    con.execute(f"CREATE OR REPLACE TABLE people AS FROM ({rows}) ORDER BY user_row")
+    con.execute(
+        f"""
+        CREATE OR REPLACE TABLE people AS
+        SELECT row_number() OVER (ORDER BY "user") - 1 AS user_row, "user",
+               CAST(sum(num_events) OVER (ORDER BY "user" ROWS UNBOUNDED PRECEDING) - num_events AS BIGINT)
+                   AS first_row,
+               * EXCLUDE ("user")
+        FROM ({rows}) ORDER BY "user"
+        """
+    )
     return attributes
 
 
 def _sort(
     con: duckdb.DuckDBPyConnection,
-    events: str,
+    source: SourceTables,
     fields: dict[str, FieldConfig],
     event_types: dict[str, int],
     num_events: int,
     scratch: Path,
 ) -> None:
     """Make the views over the log in (user, time, file order)."""
-    types = _types(con, events)
-    rows = f"FROM {quote(events)}"
+    types = _types(con, source.events)
+    rows = f"FROM {quote(source.events)}"
     if "file_order" not in types:
         rows = f"SELECT *, row_number() OVER () AS file_order {rows}"
     columns = {name: stored_sql(name, types[name], fields.get(name)) for name in types if name not in OWN_COLUMNS}
@@ -187,4 +207,4 @@ def _sort(
     else:
         known_types = ", ".join(map(text, event_types)) or text("none")
         columns["event"] = f"CAST(event AS ENUM ({known_types}))"  # a byte to sort, not a text
-    sort_log(con, rows, columns, constants, types["user"], num_events, scratch)
+    sort_log(con, rows, columns, constants, types["user"], num_events, source.users, scratch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from supermoe.data.store import StoreWriter
 from supermoe.typed_yaml import format_instant
 
 BLOCK_ROWS = 4_000_000
+MOSTLY_UNKNOWN = 0.5  # share of unknown values that is spoken of
 
 
 def summarise(
@@ -26,6 +28,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Counts of users and events, per field its size and share of unknown ids, and what examples and audit report."""
     limit = plan.cuts["train"][-1] if plan.cuts else None
+    fields = {name: _field(writer, name, schema, limit) for name in schema.fields}
     return {
         "users": staged.num_users,
         "events": staged.num_events,
@@ -33,8 +36,8 @@ def summarise(
         "last_event": format_instant(staged.last_time),
         "event_types": staged.event_types,
         "duplicates": num_duplicates,
-        "notes": list(staged.notes),
-        "fields": {name: _field(writer, name, schema, limit) for name in schema.fields},
+        "notes": [*staged.notes, *_strangers(fields)],
+        "fields": fields,
         **examples,
         "audit": audit,
     }
@@ -60,6 +63,17 @@ def _field(writer: StoreWriter, name: str, schema: Schema, limit: int | None) ->
     for kind, row in zip(("missing",) if field.kind == "number" else ("missing", "unknown"), shares, strict=False):
         found[kind] = {period: round(float(share), 6) for period, share in zip(periods, row, strict=False)}
     return found
+
+
+def _strangers(fields: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Notes on categories most of whose values are met only once training is over."""
+    for name, field in fields.items():
+        unknown = field["unknown"].get("later", 0) if isinstance(field.get("unknown"), dict) else 0
+        if unknown > MOSTLY_UNKNOWN:
+            yield (
+                f"the field '{name}' is a category, but {unknown:.0%} of its values after the last training cut are "
+                f"unknown: if it is a quantity, give data.fields.{name}: number; if a name that hardly recurs, null"
+            )
 
 
 def _unknown_items(writer: StoreWriter, name: str) -> float:
