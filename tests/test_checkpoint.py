@@ -52,6 +52,16 @@ def test_only_the_last_are_kept(tmp_path: Path) -> None:
     assert sorted(paths[0].parent.iterdir()) == paths[1:]
 
 
+def test_what_a_killed_run_has_half_written_is_removed(tmp_path: Path) -> None:
+    checkpoints = make(tmp_path)
+    (path,) = save(checkpoints, 1)
+    (path.parent / ".step_00000002.writing").mkdir()
+    (path.parent / ".step_00000002.writing" / "part").write_text("")
+    (path.parent / ".best.safetensors.123.writing").write_text("")
+    assert checkpoints.latest() == (path, {"best": 1})
+    assert list(path.parent.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "missing", "manifest", "no manifest"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, damage: str) -> None:
     checkpoints = make(tmp_path)
