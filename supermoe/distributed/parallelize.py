@@ -77,6 +77,8 @@ class Parallel:
         return self._step
 
     def _fully_shard(self, module: Any, mesh: DeviceMesh) -> None:
+        # One group for all: a block hands its keys and values on in an object, where FSDP2 does not see that gradients
+        # come back, and would not gather the block's weights again in time.
         told = {name: dict(param.__dict__) for name, param in module.named_parameters()}
         fully_shard(module, mesh=mesh, ignored_params=set(sharded_parameters(module).values()))
         for name, param in module.named_parameters():
