@@ -36,13 +36,13 @@ def expert_ffn(
 def _grouped_mm(rows_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     if len(rows_RD) == 0:  # no product to make, yet every operand gets its (zero) gradient
         return rows_RD @ weight_EDF.sum(dim=0)
-    if grouped_mm_takes(rows_RD, weight_EDF):
+    if _grouped_mm_takes(rows_RD, weight_EDF):
         return F.grouped_mm(rows_RD, weight_EDF, offs=ends_E.to(torch.int32))
     rows = rows_RD.tensor_split(ends_E[:-1].tolist())
     return torch.cat([rows_RD @ weight_DF for rows_RD, weight_DF in zip(rows, weight_EDF.unbind(0), strict=True)])
 
 
-def grouped_mm_takes(rows_RD: Tensor, weight_EDF: Tensor) -> bool:
+def _grouped_mm_takes(rows_RD: Tensor, weight_EDF: Tensor) -> bool:
     """Whether grouped_mm takes these operands; a loop takes all."""
     dtypes = [torch.bfloat16] if rows_RD.is_cuda else [torch.float32, torch.bfloat16, torch.float16]
     return rows_RD.dtype in dtypes and not any(

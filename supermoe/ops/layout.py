@@ -2,11 +2,12 @@
 
 Two layouts. `packed`: rows sorted by expert, end to end, cut into chunks of one size that stay in cache. `padded`: an
 even share for every expert and blocks for what exceeds it, so that products have the same few sizes whatever the
-routing; padding repeats the first token with weight 0.
+routing; the share follows the loads in coarse steps. Padding repeats the first token with weight 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,10 @@ from torch import Tensor
 from supermoe.ops.groups import Blocks, Even, Pieces
 
 _ALIGN = 16  # rows that 16-bit units multiply at once
-_FEW_BLOCKS = 8  # that are at least multiplied at once
+_SHARES = (1, 1.125, 1.25, 1.5, 2, 3, 4)  # of the mean load
+_BLOCK = 1 / 4  # of a share
+_TOGETHER = 8  # blocks that are multiplied at once
+_CALL = 128  # rows that cost what a matrix costs to be read and laid out, once for each product with it
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,18 @@ def packed(expert_NK: Tensor, num_experts: int, chunk_rows: int) -> Layout:
         end = min(start + chunk_rows, num_rows)
         first, last = np.searchsorted(ends_E, [start, end - 1], side="right")
         counts = np.diff(np.minimum(ends_E[first : last + 1], end), prepend=start)
+        present = counts.nonzero()[0]
         continues = start > ends_E[first] - pairs.counts_E[first]
-        groups.append(Pieces(start, end, int(first), counts.tolist(), bool(continues)))
+        groups.append(Pieces(start, end, (first + present).tolist(), counts[present].tolist(), bool(continues)))
     return _layout(pairs, expert_NK, np.arange(num_rows), num_rows, groups)
 
 
 def padded(expert_NK: Tensor, num_experts: int, chunk_rows: int) -> Layout:
-    """An even share of slots for each expert, then blocks of a quarter of it for what exceeds the share."""
+    """A share of slots for each expert, then blocks of a quarter of it for what exceeds the share."""
     pairs = _sort(expert_NK, num_experts)
-    share = _round_up(-(-expert_NK.numel() // num_experts), _ALIGN)
-    block = _round_up(-(-share // 4), _ALIGN)
+    share, block = _cheapest(pairs.counts_E, -(-expert_NK.numel() // num_experts))
     place_R = np.arange(len(pairs.order_R)) - np.repeat(np.cumsum(pairs.counts_E) - pairs.counts_E, pairs.counts_E)
-    blocks_E = -(-np.maximum(pairs.counts_E - share, 0) // block)
+    blocks_E = _num_blocks(pairs.counts_E, share, block)
     beyond_E = num_experts * share + (np.cumsum(blocks_E) - blocks_E) * block - share
     slot_R = place_R + np.where(place_R < share, pairs.expert_R * share, beyond_E[pairs.expert_R])
 
@@ -71,15 +75,31 @@ def padded(expert_NK: Tensor, num_experts: int, chunk_rows: int) -> Layout:
         Even(first * share, min(first + step, num_experts) * share, first, min(first + step, num_experts))
         for first in range(0, num_experts, step)
     ]
-    together = max(_FEW_BLOCKS, num_experts // 2)
-    num_blocks = _round_up(int(blocks_E.sum()), together)
+    num_blocks = _round_up(int(blocks_E.sum()), _TOGETHER)
     expert_b = np.zeros(num_blocks, np.int64)
     expert_b[: blocks_E.sum()] = np.repeat(np.arange(num_experts), blocks_E)
     start = num_experts * share
-    for b in range(0, num_blocks, together):
-        here = expert_b[b : b + together].tolist()
-        groups.append(Blocks(start + b * block, start + (b + together) * block, here))
+    for b in range(0, num_blocks, _TOGETHER):
+        here = expert_b[b : b + _TOGETHER].tolist()
+        groups.append(Blocks(start + b * block, start + (b + _TOGETHER) * block, here))
     return _layout(pairs, expert_NK, slot_R, start + num_blocks * block, groups)
+
+
+def _cheapest(counts_E: np.ndarray, mean: int) -> tuple[int, int]:
+    """The share and the block with the least work: many blocks read matrices again, large shares are empty rows."""
+
+    def cost(sizes: tuple[int, int]) -> int:
+        share, block = sizes
+        num_blocks = _round_up(int(_num_blocks(counts_E, share, block).sum()), _TOGETHER)
+        return len(counts_E) * (share + _CALL) + num_blocks * (block + _CALL)
+
+    shares = [_round_up(math.ceil(mean * times), _ALIGN) for times in _SHARES]
+    return min(((share, _round_up(math.ceil(share * _BLOCK), _ALIGN)) for share in shares), key=cost)
+
+
+def _num_blocks(counts_E: np.ndarray, share: int, block: int) -> np.ndarray:
+    """Of each expert, for the rows that exceed the share."""
+    return -(-np.maximum(counts_E - share, 0) // block)
 
 
 def _sort(expert_NK: Tensor, num_experts: int) -> _Sorted:
