@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from supermoe.data.schema import FIRST_ID
-from supermoe.data.store import IdLists
-from supermoe.training.warm_start import fit_bag
+from supermoe.data.store import SPLITS, IdLists, Store
+from supermoe.training.warm_start import NEAR, TABLE_STD, _visible_events, fit_bag, neighbour_vectors
 
 SIZE, EXAMPLES = 12, np.arange(0, 60, 2)
 
@@ -66,3 +68,45 @@ def test_examples_with_nothing_in_the_bag(bag: IdLists) -> None:
     empty = IdLists(np.zeros(61, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
     table, _ = fit(empty, 3)
     assert np.isfinite(table).all()
+
+
+def test_products_of_neighbours_vectors_are_their_information() -> None:
+    rng = np.random.default_rng(0)
+    size = FIRST_ID + 6
+    reads = [rng.integers(FIRST_ID - 1, size, length) for length in (40, 1, 60)]  # some ids name nothing
+    count = np.zeros((size, size))
+    for ids in reads:
+        for i, j in ((i, j) for i in range(len(ids)) for j in range(len(ids)) if 0 < abs(i - j) <= NEAR):
+            if min(ids[i], ids[j]) >= FIRST_ID:
+                count[ids[i], ids[j]] += 1 / abs(i - j)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        information = np.log(count * count.sum() / np.outer(count.sum(0), count.sum(1)))
+    information = np.where(count > 0, np.maximum(information, 0) * count / (count + 1), 0)
+    strength, directions = np.linalg.eigh(information)
+    expected = (directions * np.maximum(strength, 0)) @ directions.T  # no vectors have negative squares
+    read_N = torch.from_numpy(np.repeat(np.arange(3), [len(ids) for ids in reads]))
+    found = neighbour_vectors(torch.from_numpy(np.concatenate(reads)), read_N, size, 10, torch.Generator()).double()
+    assert found.shape == (size, 10)
+    assert (found[:FIRST_ID] == 0).all()
+    assert found.std().item() == pytest.approx(TABLE_STD)
+    products = (found @ found.T).numpy()
+    assert np.allclose(products / products.max(), expected / expected.max(), atol=1e-4)  # fp32 sums
+
+
+def test_without_neighbours_there_are_no_vectors() -> None:
+    alone = neighbour_vectors(torch.tensor([2, 3, 4]), torch.arange(3), 5, 4, torch.Generator())
+    assert (alone == 0).all()
+
+
+def test_tables_start_from_what_training_examples_see(trained_run: Path) -> None:
+    store = Store.open(trained_run / "store")
+    rows, read_N = _visible_events(store, seed=0)
+    examples = store.examples
+    seen = set()
+    for user, visible, split in zip(examples.user, examples.visible, examples.split, strict=True):
+        if split == SPLITS["train"]:
+            seen |= set(range(store.offsets_U[user], store.offsets_U[user] + visible))
+    assert sorted(rows.tolist()) == sorted(seen)
+    assert len(seen) < len(store.time)
+    user = np.searchsorted(store.offsets_U, rows, side="right")
+    assert len(np.unique(np.stack([user, read_N.numpy()]), axis=1).T) == len(np.unique(user))

@@ -18,6 +18,7 @@ from supermoe.model.packed import read_of_events
 
 DIRECT_PRIOR = 150.0  # users' worth of evidence that a direct input must overcome to leave zero
 READ_PRIOR = 10_000.0  # labelled users that make what was learnt as trustworthy as the fixed direct inputs
+NEARNESS = 0.5  # scale of an event's query at the start
 PRIOR_COUNTS = 60.0  # counts that a field head's prior is worth beside a user's own
 
 
@@ -135,6 +136,8 @@ class FieldHead(nn.Module):
         self._tied = (table,)  # in a tuple, so that the table stays the event embedding's parameter alone
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, table.embedding_dim, bias=False)
+        if width == table.embedding_dim:  # of an event, which is held to be near what follows until more is learnt
+            self.project.weight.data.copy_(NEARNESS * torch.eye(width))
         self.bias = nn.Parameter(torch.zeros(table.num_embeddings, device=table.weight.device))
         self.bias.is_table = True  # type: ignore[attr-defined]  # told to the optimiser
         self.copy = CopyTerm(width, table.num_embeddings, bags, start=1.0) if bags else None

@@ -1,4 +1,4 @@
-"""The feature network starts where a data scientist would: standardised inputs, TF-IDF bags, singular vectors."""
+"""Training starts where a data scientist would: standardised inputs, TF-IDF bags, vectors of neighbouring values."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from supermoe.data.schema import FIRST_ID
 from supermoe.data.store import SPLITS, IdLists, Store
 
 MAX_EXAMPLES = 50_000  # enough to fix a few hundred directions; keeps the matrix in memory
+MAX_EVENTS = 1_000_000  # likewise, to place the values of the largest vocabularies
+MIN_EVENTS, EVENTS_PER_VALUE = 100_000, 100  # to place those of small ones
+NEAR = 5  # events between which values count as neighbours
+TABLE_STD = 0.1
 
 
 def warm_start(model: Any, store: Store, seed: int) -> None:
-    """Fit the fixed parts of the feature encoder on the training examples."""
+    """Fit the fixed parts of the feature encoder on the training examples, and the event tables' first values.
+
+    Tables whose rows lie on several ranks start at random.
+    """
     train = np.flatnonzero(np.asarray(store.examples.split) == SPLITS["train"])
     if len(train) > MAX_EXAMPLES:
         train = np.sort(np.random.default_rng(seed).choice(train, MAX_EXAMPLES, replace=False))
@@ -26,6 +33,53 @@ def warm_start(model: Any, store: Store, seed: int) -> None:
         matrix_VD, idf_V = fit_bag(store.bags[name], train, store.schema.bags[name].size, encoder.bag_dim, generator)
         encoder.init_bag(name, matrix_VD, idf_V)
     encoder.init_numbers(torch.from_numpy(np.asarray(store.features)[train]))
+    rows, read_N = _visible_events(store, seed)
+    for name in model.embedding.categories:
+        weight_VD = model.embedding.tables[name].weight
+        if not hasattr(weight_VD, "shard"):
+            enough = max(MIN_EVENTS, EVENTS_PER_VALUE * len(weight_VD))
+            ids_N = torch.from_numpy(store.columns[name][rows[:enough]].astype(np.int64))
+            weight_VD.data += neighbour_vectors(ids_N, read_N[:enough], *weight_VD.shape, generator)
+
+
+def _visible_events(store: Store, seed: int) -> tuple[np.ndarray, Tensor]:
+    """Rows of the events that a training example may see, user after user in random order, and whose they are."""
+    examples = store.examples
+    train = np.asarray(examples.split) == SPLITS["train"]
+    visible_U = np.zeros(len(store.offsets_U) - 1, np.int64)
+    np.maximum.at(visible_U, examples.user[train], examples.visible[train])
+    users = np.random.default_rng(seed).permutation(len(visible_U))
+    users = users[: np.searchsorted(visible_U[users].cumsum(), MAX_EVENTS) + 1]
+    rows, offsets = ranges(store.offsets_U[users], visible_U[users])
+    return rows, torch.from_numpy(np.repeat(np.arange(len(users)), np.diff(offsets)))
+
+
+def neighbour_vectors(ids_N: Tensor, read_N: Tensor, size: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Vectors whose products approach the positive pointwise mutual information of ids near each other -> [size, dim].
+
+    Levy and Goldberg, "Neural Word Embedding as Implicit Matrix Factorization" (2014): what word2vec learns, by one
+    symmetric factorisation. A pair d events apart counts 1 / d; pairs that are seldom seen are believed less.
+    """
+    pairs, counts = [], []
+    for distance in range(1, NEAR + 1):
+        pair_2N = torch.stack([ids_N[:-distance], ids_N[distance:]])
+        pair_2N = pair_2N[:, (read_N[:-distance] == read_N[distance:]) & (pair_2N >= FIRST_ID).all(dim=0)]
+        pairs += [pair_2N, pair_2N.flip(0)]
+        counts += [torch.full((2 * pair_2N.shape[1],), 1 / distance)]
+    both = torch.sparse_coo_tensor(torch.cat(pairs, dim=1), torch.cat(counts), (size, size), check_invariants=True)
+    both = both.coalesce()
+    (i, j), count = both.indices(), both.values()
+    total_V = torch.zeros(size).index_add(0, i, count)
+    information = torch.log(count * total_V.sum() / (total_V[i] * total_V[j])).clamp(min=0) * count / (count + 1)
+    matrix = torch.sparse_coo_tensor(
+        both.indices(), information, (size, size), is_coalesced=True, check_invariants=True
+    )
+    block = _leading(matrix, min(dim, size), generator)
+    strength, directions = torch.linalg.eigh(block.t() @ (matrix @ block))
+    vectors = torch.zeros(size, dim)
+    vectors[:, : block.shape[1]] = (block @ directions) * strength.clamp(min=0).sqrt()
+    vectors[:FIRST_ID] = 0.0  # up to rounding they are
+    return TABLE_STD * vectors / vectors.std().clamp(min=1e-12)
 
 
 def fit_bag(
@@ -48,10 +102,8 @@ def fit_bag(
 
 
 def _directions(matrix: Tensor, dim: int, generator: torch.Generator) -> Tensor:
-    """Leading right singular vectors by block power iteration (Halko et al. 2011, algorithm 4.4), scaled; [V, dim]."""
-    block = torch.randn(matrix.shape[1], dim, generator=generator)
-    for _ in range(4):
-        block = torch.linalg.qr(matrix.t() @ (matrix @ block)).Q
+    """Leading right singular vectors, scaled; [V, dim]."""
+    block = _leading(matrix, dim, generator)
     # Rotated so that the leading direction comes first.
     projected = matrix @ block
     block = block @ torch.linalg.eigh(projected.t() @ projected).eigenvectors.flip(1)
@@ -60,3 +112,11 @@ def _directions(matrix: Tensor, dim: int, generator: torch.Generator) -> Tensor:
     table[:, : block.shape[1]] = block
     scale = (matrix @ table).std().clamp(min=1e-12)
     return table / scale
+
+
+def _leading(matrix: Tensor, dim: int, generator: torch.Generator) -> Tensor:
+    """A basis of the leading right singular vectors by block power iteration (Halko et al. 2011, algorithm 4.4)."""
+    block = torch.randn(matrix.shape[1], dim, generator=generator)
+    for _ in range(4):
+        block = torch.linalg.qr(matrix.t() @ (matrix @ block)).Q
+    return block
