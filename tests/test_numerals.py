@@ -19,7 +19,7 @@ def look_at(*values):
 
 @pytest.mark.parametrize("values", [("3,50", None), ("-3,5", "4", "12"), ("1.234,50", "1,0")])
 def test_decimal_commas_are_refused(values):
-    with pytest.raises(UserError, match=r"data\.fields: the column 'x' .* decimal: ',' .* data\.fields\.x: category"):
+    with pytest.raises(UserError, match=r"data\.fields: the column 'x' .* decimal: ',' .* data\.fields, x: category"):
         look_at(*values)
 
 
@@ -35,10 +35,11 @@ def test_half_of_the_values_may_be_one_word():
     assert "50% of its values are numbers, as it also holds 'NULL'" in look_at("3.5", "NULL", "4", "NULL")[0]
 
 
+WORDS = ("milk", "bread", "beer", "wine", "7")
+
+
 @pytest.mark.parametrize(
-    "values",
-    [(), (None,), ("milk", "bread", "beer", "wine", "7"), ("007", "012"), ("7", "8"), ("1_000", "a"), ("a, b",), LISTS],
-    ids=str,
+    "values", [(), (None,), WORDS, LISTS, ("007", "12", "742"), ("7", "8"), ("1_000", "a"), ("a, b",)], ids=str
 )
 def test_names_are_names(values):
     assert look_at(*values) == []

@@ -10,7 +10,8 @@ from supermoe.data.sql import quote, text
 from supermoe.typed_yaml import UserError
 
 MOSTLY, FEW = 0.9, 3  # share of numbers, or different words among numbers, that make a text column spoken of
-PLAIN = r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"  # 007 is a name
+PLAIN = r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"
+CODE = r"0[0-9]+"  # where one value is such a name, the others are names too
 WITH_COMMA = r"[+-]?[0-9][0-9.]*,[0-9]+"
 
 
@@ -21,20 +22,20 @@ def suspect(con: duckdb.DuckDBPyConnection, names: Iterable[str]) -> list[str]:
     """
     notes = []
     for name in names:
-        column, has_comma = quote(name), _matches(name, WITH_COMMA)
+        column, has_comma, is_code = quote(name), _matches(name, WITH_COMMA), _matches(name, CODE)
         is_number = f"({_matches(name, PLAIN)} OR {has_comma})"
-        size, numbers, commas, comma, words, word = con.execute(
+        size, numbers, commas, codes, words, comma, word = con.execute(
             f"SELECT count({column}), count(*) FILTER (WHERE {is_number}), count(*) FILTER (WHERE {has_comma}), "
-            f"min({column}) FILTER (WHERE {has_comma}), count(DISTINCT {column}) FILTER (WHERE NOT {is_number}), "
-            f"mode({column}) FILTER (WHERE NOT {is_number}) FROM log_sample"
+            f"count(*) FILTER (WHERE {is_code}), count(DISTINCT {column}) FILTER (WHERE NOT {is_number}), "
+            f"min({column}) FILTER (WHERE {has_comma}), mode({column}) FILTER (WHERE NOT {is_number}) FROM log_sample"
         ).fetchall()[0]
         if commas and numbers == size:
             raise UserError(
                 f"data.fields: the column '{name}' would be a category, but holds numbers with decimal commas, such as "
-                f"'{comma}'; give decimal: ',' beside the path of the CSV files, or data.fields.{name}: category if "
-                f"they are none."
+                f"'{comma}'; give decimal: ',' beside the path of the CSV files. If they are none, list all inputs "
+                f"under data.fields, {name}: category among them."
             )
-        if numbers and words and (numbers >= MOSTLY * size or words <= FEW):
+        if numbers and words and not codes and (numbers >= MOSTLY * size or words <= FEW):
             notes.append(
                 f"the column '{name}' is read as a category, though {numbers / size:.0%} of its values are numbers, as "
                 f"it also holds '{word}'; if that stands for nothing, give nulls: ['{word}'] beside the path of CSV"

@@ -195,7 +195,7 @@ class _Checks:
         return num_null_users
 
     def _proven(self, checks: list[_Check]) -> bool:
-        proofs = " AND ".join(check.proof for check in checks)
+        proofs = " AND ".join(["true", *(check.proof for check in checks)])
         return bool(self._count(f"SELECT {proofs} FROM {self.raw.scan}")[0])
 
     def _of_column(self, ours: str, theirs: str) -> list[_Check]:

@@ -72,7 +72,8 @@ def _strangers(fields: dict[str, dict[str, Any]]) -> Iterator[str]:
         if unknown > MOSTLY_UNKNOWN:
             yield (
                 f"the field '{name}' is a category, but {unknown:.0%} of its values after the last training cut are "
-                f"unknown: if it is a quantity, give data.fields.{name}: number; if a name that hardly recurs, null"
+                f"unknown: if it is a quantity, list it as a number under data.fields, where all inputs then stand; if "
+                f"a name that hardly recurs, give data.fields.{name}: null"
             )
 
 
