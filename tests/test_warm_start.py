@@ -85,7 +85,7 @@ def test_products_of_neighbours_vectors_are_their_information() -> None:
     strength, directions = np.linalg.eigh(information)
     expected = (directions * np.maximum(strength, 0)) @ directions.T  # no vectors have negative squares
     read_N = torch.from_numpy(np.repeat(np.arange(3), [len(ids) for ids in reads]))
-    found = neighbour_vectors(torch.from_numpy(np.concatenate(reads)), read_N, size, 10, torch.Generator()).double()
+    found = neighbour_vectors(torch.from_numpy(np.concatenate(reads)), read_N, (size, 10), torch.Generator()).double()
     assert found.shape == (size, 10)
     assert (found[:FIRST_ID] == 0).all()
     assert found.std().item() == pytest.approx(TABLE_STD)
@@ -94,7 +94,7 @@ def test_products_of_neighbours_vectors_are_their_information() -> None:
 
 
 def test_without_neighbours_there_are_no_vectors() -> None:
-    alone = neighbour_vectors(torch.tensor([2, 3, 4]), torch.arange(3), 5, 4, torch.Generator())
+    alone = neighbour_vectors(torch.tensor([2, 3, 4]), torch.arange(3), (5, 4), torch.Generator())
     assert (alone == 0).all()
 
 

@@ -39,7 +39,7 @@ def warm_start(model: Any, store: Store, seed: int) -> None:
         if not hasattr(weight_VD, "shard"):
             enough = max(MIN_EVENTS, EVENTS_PER_VALUE * len(weight_VD))
             ids_N = torch.from_numpy(store.columns[name][rows[:enough]].astype(np.int64))
-            weight_VD.data += neighbour_vectors(ids_N, read_N[:enough], *weight_VD.shape, generator)
+            weight_VD.data += neighbour_vectors(ids_N, read_N[:enough], tuple(weight_VD.shape), generator)
 
 
 def _visible_events(store: Store, seed: int) -> tuple[np.ndarray, Tensor]:
@@ -54,12 +54,13 @@ def _visible_events(store: Store, seed: int) -> tuple[np.ndarray, Tensor]:
     return rows, torch.from_numpy(np.repeat(np.arange(len(users)), np.diff(offsets)))
 
 
-def neighbour_vectors(ids_N: Tensor, read_N: Tensor, size: int, dim: int, generator: torch.Generator) -> Tensor:
-    """Vectors whose products approach the positive pointwise mutual information of ids near each other -> [size, dim].
+def neighbour_vectors(ids_N: Tensor, read_N: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Vectors [V, D] whose products approach the positive pointwise mutual information of ids near each other.
 
     Levy and Goldberg, "Neural Word Embedding as Implicit Matrix Factorization" (2014): what word2vec learns, by one
     symmetric factorisation. A pair d events apart counts 1 / d; pairs that are seldom seen are believed less.
     """
+    size, dim = shape
     pairs, counts = [], []
     for distance in range(1, NEAR + 1):
         pair_2N = torch.stack([ids_N[:-distance], ids_N[distance:]])
