@@ -1,7 +1,4 @@
-"""What happens to ranks, and that the run then goes on from its last checkpoint to where it would have ended.
-
-At random moments and under torchrun: see test_torchrun.py.
-"""
+"""What happens to ranks, and that the run then goes on from its last checkpoint to where it would have ended."""
 
 from __future__ import annotations
 
