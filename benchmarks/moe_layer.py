@@ -1,17 +1,20 @@
 """The mixture-of-experts layer against a dense feed-forward of equal active FLOPs, forward and backward.
 
     python benchmarks/moe_layer.py [--quick] [--tokens 4096] [--dims 64 128] [--dtypes float32] [--contenders tutel]
+        [--add]
 
 Tokens x width (inner 4x, GELU) x experts x choices. `experts` is our layer from given ids and weights to the last
 gradient, `layer` has the router too, `low memory` keeps no hidden rows; contenders are whole layers. The routing is
 another one in every round, as it is in training. One thread, contenders interleaved. Writes
-benchmarks/results/moe_layer.json.
+benchmarks/results/moe_layer.json; with `--add` its rows of other sizes, of other contenders and of more rounds stay, so
+that a grid can be measured in parts, on one machine under one setting of malloc.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +29,8 @@ from supermoe import ops
 
 BATCHES = 4  # of tokens, and so of routings
 MANY_ROWS = 300  # per expert: from here on the layer should cost what a dense one does
+LOW_MEMORY = "low memory"
+IDENTITY = ("dtype", "tokens", "dim", "experts", "k", "contender")  # of a row
 
 
 class Cell:
@@ -48,8 +53,10 @@ class Cell:
     def functions(self, contenders: list[str]) -> dict[str, Callable[[int], Any]]:
         """All that can be had here; the reason is printed where one cannot."""
         found = {"dense": self.run_dense, "experts": self.run_experts, "layer": self.run_layer}
-        found["low memory"] = lambda number: self.run_experts(number, low_memory=True)
         for name in contenders:
+            if name == LOW_MEMORY:
+                found[name] = lambda number: self.run_experts(number, low_memory=True)
+                continue
             layer = moe_contenders.make(name, *self.size)
             if isinstance(layer, str):
                 print(f"  skipped: {layer}")
@@ -87,19 +94,41 @@ class Cell:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric mean and worst ratio to dense of every contender, over all shapes and those with many rows."""
-    groups: dict[tuple[str, str, str], list[float]] = {}
+    """Every contender over dense: geometric mean and range of the time, mean of the memory, over groups of shapes."""
+    cell = IDENTITY[:-1]
+    dense_mb = {tuple(row[key] for key in cell): row["peak_mb"] for row in rows if row["contender"] == "dense"}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["contender"] != "dense":
             key = row["dtype"], row["contender"]
-            groups.setdefault((*key, "all"), []).append(row["ratio"])
+            groups.setdefault((*key, "all"), []).append(row)
             if row["rows_per_expert"] >= MANY_ROWS:
-                groups.setdefault((*key, f"{MANY_ROWS} rows and more"), []).append(row["ratio"])
-    return [
-        {"dtype": dtype, "contender": name, "shapes": which, "count": len(ratios)}
-        | {"mean_ratio": geometric_mean(ratios), "best": min(ratios), "worst": max(ratios)}
-        for (dtype, name, which), ratios in groups.items()
-    ]
+                groups.setdefault((*key, f"{MANY_ROWS} rows and more"), []).append(row)
+    lines = []
+    for (dtype, name, which), group in groups.items():
+        ratios = [row["ratio"] for row in group]
+        memory = geometric_mean(row["peak_mb"] / dense_mb[tuple(row[key] for key in cell)] for row in group)
+        line = {
+            "dtype": dtype,
+            "contender": name,
+            "shapes": which,
+            "count": len(group),
+            "mean_ratio": geometric_mean(ratios),
+        }
+        lines.append(line | {"best": min(ratios), "worst": max(ratios), "memory": memory})
+    return lines
+
+
+def merged(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with those of the file; of two for the same, that of more rounds, and of as many the new one."""
+    path = harness.RESULTS / f"{name}.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in before + rows:
+        key = tuple(row[key] for key in IDENTITY)
+        if key not in best or row["rounds"] >= best[key]["rounds"]:
+            best[key] = row
+    return list(best.values())
 
 
 def main() -> None:
@@ -111,8 +140,9 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--choices", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--contenders", nargs="*", default=[], choices=list(moe_contenders.CONTENDERS))
+    parser.add_argument("--contenders", nargs="*", default=[], choices=[LOW_MEMORY, *moe_contenders.CONTENDERS])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--add", action="store_true", help="keep what is in the file, but for rows of no more rounds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="moe_layer", help="of the file in benchmarks/results")
     arguments = parser.parse_args()
@@ -125,11 +155,13 @@ def main() -> None:
         cell = Cell(tokens, dim, experts, k, getattr(torch, dtype), arguments.device)
         shape = {"dtype": dtype, "tokens": tokens, "dim": dim, "experts": experts, "k": k}
         found = interleave(cell.functions(arguments.contenders), arguments.rounds, arguments.device)
-        rows += [shape | {"rows_per_expert": tokens * k // experts} | row for row in found]
+        facts = {"rows_per_expert": tokens * k // experts, "rounds": arguments.rounds}
+        rows += [shape | facts | row for row in found]
         print(*shape.values(), *(f"{row['contender']} {row['ratio']:.2f}" for row in found[1:]), sep="  ", flush=True)
     for line in summary(rows):
         print({key: round(value, 2) if isinstance(value, float) else value for key, value in line.items()})
     if not arguments.quick:
+        rows = merged(arguments.name, rows) if arguments.add else rows
         print(f"-> {harness.write(arguments.name, rows, **settings(arguments.device, arguments.rounds))}")
 
 
