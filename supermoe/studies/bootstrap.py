@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
 
-CELLS = 4_000_000  # weights held at once, resamples times predictions
+CELLS = 250_000  # weights held at once, resamples times predictions: what a cache holds
 
 
 def resamples(num_users: int, number: int, widest: int, seed: int = 0) -> Iterator[Array]:
@@ -44,12 +44,14 @@ def weighted_r2(weight_Rn: Array, target_n: Array, value_n: Array) -> Array:
 def weighted_auc(weight_Rn: Array, target_n: NDArray, score_n: Array) -> Array:
     """Area under the ROC curve, ties counting half -> [R]; NaN where one class was not drawn."""
     order = np.argsort(score_n, kind="stable")
-    weight_Rn, positive_n = weight_Rn[:, order], target_n.astype(bool)[order]
-    starts = np.flatnonzero(np.append(True, np.diff(score_n[order]) != 0))  # of the groups of equal scores
-    wins_RG = np.add.reduceat(weight_Rn * positive_n, starts, axis=1)
-    losses_RG = np.add.reduceat(weight_Rn * ~positive_n, starts, axis=1)
-    below_RG = losses_RG.cumsum(axis=1) - losses_RG / 2
-    return _divide((wins_RG * below_RG).sum(axis=1), wins_RG.sum(axis=1) * losses_RG.sum(axis=1))
+    score_n, positive_n = score_n[order], target_n.astype(bool)[order]
+    # Of its equals, for each positive: the place of the first, and the place behind the last.
+    start_P, end_P = (np.searchsorted(score_n, score_n[positive_n], side) for side in ("left", "right"))
+    losses_Rn = np.zeros((len(weight_Rn), len(order) + 1))  # of those before each place
+    np.cumsum(np.take(weight_Rn, order, axis=1) * ~positive_n, axis=1, out=losses_Rn[:, 1:])
+    wins_RP = np.take(weight_Rn, order[positive_n], axis=1)
+    below_RP = (np.take(losses_Rn, start_P, axis=1) + np.take(losses_Rn, end_P, axis=1)) / 2
+    return _divide(np.einsum("rp,rp->r", wins_RP, below_RP), wins_RP.sum(axis=1) * losses_Rn[:, -1])
 
 
 def weighted_macro_auc(weight_Rn: Array, target_nC: NDArray, score_nC: Array) -> Array:

@@ -153,7 +153,7 @@ def _resample(answers: Mapping[str, Answers], number: int) -> dict[str, dict[str
     found: dict[str, dict[str, list[Array]]] = {task: {name: [] for name in measures[task]} for task in answers}
     for weight_RU in resamples(len(everyone), number, max(map(len, users.values()))):
         for task, by_name in measures.items():
-            weight_Rn = weight_RU[:, index[task]]
+            weight_Rn = np.take(weight_RU, index[task], axis=1)
             for name, per_seed in by_name.items():
                 found[task][name].append(np.mean([measure(weight_Rn) for measure in per_seed], axis=0))
     return {task: {name: np.concatenate(blocks) for name, blocks in by_name.items()} for task, by_name in found.items()}
