@@ -133,18 +133,3 @@ def test_selection_bias_is_part_of_the_state() -> None:
     other = make_router()
     other.load_state_dict(router.state_dict())
     assert torch.equal(other.bias_E, torch.tensor([-1e-3, 1e-3, 1e-3, 1e-3]))
-
-
-def test_evaluation_takes_the_mean_of_a_bias_that_swings() -> None:
-    router, x_ND = make_router(bias_rate=1.0), make_tokens()
-    for step in range(400):  # one step on, one step back
-        router.update(torch.tensor([9, 9, 1, 1] if step % 2 else [1, 1, 9, 9]))
-    router.bias_E += torch.tensor([9.0, 0.0, 0.0, 0.0])
-    assert (router(x_ND).expert_NK == 0).any(1).all()
-    torch.testing.assert_close(router.mean_bias_E, torch.tensor([0.5, 0.5, -0.5, -0.5]), rtol=0, atol=0.02)
-    router.eval()
-    evened = replace(router(x_ND), aux_loss=None)
-    assert torch.equal(
-        evened.expert_NK, ops.route(x_ND @ router.weight.t(), 2, "softmax", router.mean_bias_E).expert_NK
-    )
-    assert not torch.equal(evened.expert_NK, router.train()(x_ND).expert_NK)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from supermoe import ops, typed_yaml
 
 INIT_STD = 0.02  # small: at first all experts look alike (ST-MoE, arXiv 2202.08906)
-_NEWEST = 0.02  # share of the newest step in the mean of the selection bias, as in the average of the weights
 
 
 class RouterConfig(typed_yaml.Config):
@@ -36,22 +35,19 @@ class Router(nn.Module):
     Config: type[RouterConfig]
     score: str
     bias_E: Tensor
-    mean_bias_E: Tensor
 
     def __init__(self, config: RouterConfig, dim: int, experts: int, top_k: int):
         super().__init__()
         self.config, self.top_k = config, top_k
         self.weight = nn.Parameter(torch.randn(experts, dim) * INIT_STD)
         self.register_buffer("bias_E", torch.zeros(experts))
-        self.register_buffer("mean_bias_E", torch.zeros(experts))
 
     def forward(self, x_ND: Tensor) -> ops.Routing:
         """Experts of every token, with `aux_loss` (weighted, a scalar) set."""
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.to(self.weight.dtype), self.weight)
-            # The bias swings about what evens the load out: evaluation takes the middle, not where training stopped.
-            bias_E = self.bias_E if self.training else self.mean_bias_E
-            routing = ops.route(logits_NE, self.top_k, self.score, bias_E if self.config.balance == "bias" else None)
+            bias_E = self.bias_E if self.config.balance == "bias" else None
+            routing = ops.route(logits_NE, self.top_k, self.score, bias_E)
             return replace(routing, aux_loss=self.losses(logits_NE, routing))
 
     def losses(self, logits_NE: Tensor, routing: ops.Routing) -> Tensor:
@@ -73,7 +69,6 @@ class Router(nn.Module):
         if self.config.balance == "bias":
             load_E = counts_E.to(self.bias_E.dtype)
             self.bias_E += self.config.bias_rate * torch.sign(load_E.mean() - load_E)
-            self.mean_bias_E.lerp_(self.bias_E, _NEWEST)
 
 
 class SoftmaxRouter(Router):
