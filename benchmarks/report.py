@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from moe_layer import summary
 
 from supermoe.studies.seesaw_report import gain_rows, method_rows, metric_rows, optimal_rows
 
@@ -45,15 +46,11 @@ def train_step(result: dict[str, Any]) -> list[list[str]]:
 
 
 def moe_layer(result: dict[str, Any]) -> list[list[str]]:
-    """Time over that of a dense feed-forward of equal active FLOPs: geometric mean and range over the shapes."""
-    ratios: dict[tuple[str, str], list[float]] = {}
-    for row in result["rows"]:
-        if row["contender"] != "dense":
-            ratios.setdefault((row["dtype"], row["contender"]), []).append(row["ratio"])
-    lines = [["dtype", "what", "shapes", "over dense", "best", "worst"]]
-    for (dtype, name), values in ratios.items():
-        mean, best, worst = (f"{f(values):.2f}" for f in (statistics.geometric_mean, min, max))
-        lines.append([dtype, name, str(len(values)), mean, best, worst])
+    """Time and memory over those of a dense feed-forward of equal active FLOPs, by groups of shapes."""
+    lines = [["dtype", "what", "rows per expert", "shapes", "time over dense", "best", "worst", "memory over dense"]]
+    for line in summary(result["rows"]):
+        numbers = [f"{line[key]:.2f}" for key in ("mean_ratio", "best", "worst", "memory")]
+        lines.append([line["dtype"], line["contender"], line["shapes"], str(line["count"]), *numbers])
     return lines
 
 
