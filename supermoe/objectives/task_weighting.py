@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from supermoe.objectives.balancer import Balancer, Step, VectorAdam, to_one
-from supermoe.typed_yaml import Config
+from supermoe.typed_yaml import Config as BaseConfig
 
 TINY = 1e-12  # below any loss: keeps logarithms and quotients finite
 LEAST = 0.01  # GradNorm's weights stay above this share of an equal one, as Adam may step across zero
@@ -22,7 +22,7 @@ LEAST = 0.01  # GradNorm's weights stay above this share of an equal one, as Ada
 class Uncertainty(Balancer):
     """Homoscedastic uncertainty (arXiv 1705.07115): sum_k L_k / (2 e^s_k) + s_k / 2, with s_k learned by Adam."""
 
-    class Config(Config):
+    class Config(BaseConfig):
         type: str = "uncertainty"
         lr: float = Field(0.025, gt=0)  # of s
 
@@ -45,7 +45,7 @@ class DWA(Balancer):
     an epoch, here `period` steps.
     """
 
-    class Config(Config):
+    class Config(BaseConfig):
         type: str = "dwa"
         temperature: float = Field(2.0, gt=0)
         period: int = Field(50, ge=1)  # steps
@@ -82,7 +82,7 @@ class GradNorm(Balancer):
     L_k / L_k(0) over its mean. Norms are those at the user's vector, in place of the last shared layer's.
     """
 
-    class Config(Config):
+    class Config(BaseConfig):
         type: str = "gradnorm"
         alpha: float = Field(1.5, ge=0)
         lr: float = Field(0.025, gt=0)  # of the weights
@@ -120,7 +120,7 @@ class FAMO(Balancer):
     change of the log losses of the same batches: by Adam, as the authors' code does.
     """
 
-    class Config(Config):
+    class Config(BaseConfig):
         type: str = "famo"
         lr: float = Field(0.025, gt=0)  # of xi
         decay: float = Field(0.01, ge=0)  # of xi
@@ -153,7 +153,7 @@ class STCH(Balancer):
     The nadir is the mean loss over the first `warmup` steps, in which the sum of log losses is descended on instead.
     """
 
-    class Config(Config):
+    class Config(BaseConfig):
         type: str = "stch"
         mu: float = Field(1.0, gt=0)
         warmup: int = Field(50, ge=1)  # steps
