@@ -62,7 +62,7 @@ def test_candidates_count_the_events_before_each_cut(tmp_path):
             ("a", "2024-01-09", "v", "x"),
             ("b", "2024-01-20", "v", "y"),
         ),
-        frame("user age", ("c", 7)),
+        frame("user age", ("a", 5), ("c", 7)),
     )
     chosen = plan(log, train=["2024-01-09"], valid="2024-01-10", labels={})
     found = log.con.execute(

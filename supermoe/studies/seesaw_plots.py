@@ -58,7 +58,7 @@ def _weights(methods: dict[str, Any]) -> Figure:
         for task in curve["weight"][0]:
             axes.plot(curve["step"], [weight[task] for weight in curve["weight"]], linewidth=1, label=task)
         axes.set(title=name, xlabel="step", ylabel="weight")
-    panels[0].legend()
+    panels[0].legend(loc="upper right")
     return figure
 
 

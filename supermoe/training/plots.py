@@ -52,7 +52,7 @@ def _losses(rows: list[dict[str, Any]]) -> Figure | None:
         axes.plot(steps, values, label=name, linewidth=1)
     axes.axhline(1.0, color="grey", linewidth=0.5)
     axes.set(xlabel="step", ylabel="training loss / loss of the prior")
-    axes.legend(ncols=2)
+    axes.legend(ncols=2, loc="upper right")
     return figure
 
 
@@ -67,7 +67,7 @@ def _gains(rows: list[dict[str, Any]]) -> Figure | None:
         values = [math.nan if row["gain"][name] is None else row["gain"][name] for row in rows]
         axes.plot(steps, values, label=name, linewidth=1, marker=".")
     axes.set(xlabel="step", ylabel="validation gain over the prior")
-    axes.legend(ncols=2)
+    axes.legend(ncols=2, loc="lower right")
     return figure
 
 
@@ -103,5 +103,5 @@ def _calibration(tasks: dict[str, Task], evaluation: Evaluation) -> Figure | Non
         predicted, observed, _ = measures.calibration(target, evaluation.scores[name]["score"][mask])
         axes.plot(predicted, observed, marker=".", linewidth=1, label=name)
     axes.set(xlabel="predicted", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
-    axes.legend()
+    axes.legend(loc="upper left")
     return figure
