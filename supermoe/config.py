@@ -141,7 +141,7 @@ class LossConfig(Config):
     balancer: Annotated[Any, Seat("supermoe.objectives.balancers")] = "equal"
     units: Literal["prior", "none"] = "prior"  # every loss over its prior's, or in its own unit
     few_users: float = Field(1000, ge=0)  # a task of n labelled users has a say of n / (n + few_users)
-    teachers: Path | None = None  # folder that supermoe.seesaw leaves: what models of each task's own answer in training
+    teachers: Path | None = None  # folder that supermoe.seesaw leaves: answers of models of each task alone
     teaching: float = Field(0.5, ge=0, le=1)  # share of a teacher's answer in what is learnt, beside the label
     # None: `next_event`, unless a task learns from events already; {} for none at all
     pretraining: dict[str, Annotated[Any, Seat("supermoe.objectives.pretraining")] | None] | None = None
