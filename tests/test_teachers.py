@@ -11,6 +11,7 @@ import torch
 from fake_run import make_labels, make_run_batch, make_task, make_tasks
 
 from supermoe.config import load_run
+from supermoe.data.merged import MergedStore
 from supermoe.data.store import Store
 from supermoe.objectives.task import asked
 from supermoe.training.build import build_run, build_tasks
@@ -76,6 +77,9 @@ def test_what_a_twin_wrote_is_read_for_the_same_examples(trained_run: Path, tmp_
     write_predictions(tmp_path, store, run.tasks, found).rename(tmp_path / "seed7")
     tasks = build_tasks(config, store)
     assert teach(tasks, store, tmp_path, 7, 0.5) == ["next_type", "item"]  # rankings, whose files hold the top only
+    again = build_tasks(config, store)
+    teach(again, MergedStore(store, []), tmp_path, 7, 0.5)  # a refit, which has more to train on
+    assert torch.equal(again["churn"].teacher.nan_to_num(), tasks["churn"].teacher.nan_to_num())
     rows = store.rows_of("train")
     for name in ("churn", "segment", "types"):
         answers = tasks[name].teacher

@@ -23,6 +23,11 @@ class MergedStore(Store):
         super().__init__(store.path, store.schema, store.fingerprint, store.summary)
         self._store, self._attributes = store, attributes
 
+    @property
+    def prepared(self) -> Store:
+        """The store without the merger."""
+        return self._store
+
     @cached_property
     def examples(self) -> Examples:
         """Who is asked, when, and in which split."""

@@ -132,6 +132,11 @@ class Store:
         """Rows of the examples of one split."""
         return np.flatnonzero(np.asarray(self.examples.split) == SPLITS[split])
 
+    @property
+    def prepared(self) -> Store:
+        """The store as it was prepared: this one, unless it only stands for another."""
+        return self
+
     def who_and_when(self, rows: np.ndarray) -> pa.Table:
         """What names examples outside of the store: the columns user_id (the user's own type) and cut."""
         user = self.users["user"].take(pa.array(np.asarray(self.examples.user)[rows]))

@@ -25,12 +25,14 @@ REMEDY = "train them with python -m supermoe.seesaw, which leaves them in its fo
 def teach(tasks: dict[str, Task], store: Store, folder: Path, seed: int, share: float) -> list[str]:
     """Give every task the answers of its teacher -> the tasks that have none, as they learn rankings.
 
+    Teachers answer the training examples of the store as it was prepared; where more are trained on, labels count alone.
+
     Raises:
         UserError: where a file is missing, or answers other examples than the store's.
     """
     taught = {name: task for name, task in tasks.items() if task.can_be_taught}
     for name, task in taught.items():
-        task.teach(read_answers(folder / f"seed{seed}" / f"{name}.parquet", store, task), share)
+        task.teach(read_answers(folder / f"seed{seed}" / f"{name}.parquet", store.prepared, task), share)
     return [name for name in tasks if name not in taught]
 
 
