@@ -25,7 +25,7 @@ REMEDY = "train them with python -m supermoe.seesaw, which leaves them in its fo
 def teach(tasks: dict[str, Task], store: Store, folder: Path, seed: int, share: float) -> list[str]:
     """Give every task the answers of its teacher -> the tasks that have none, as they learn rankings.
 
-    Teachers answer the training examples of the store as it was prepared; where more are trained on, labels count alone.
+    Teachers answer the training examples of the store as it was prepared; for any more, labels count alone.
 
     Raises:
         UserError: where a file is missing, or answers other examples than the store's.
