@@ -22,7 +22,8 @@ def happen(harm: str, folder: Path) -> tuple[str, int]:
     return (folder / "failed_0").read_text(), int(saved.removeprefix("step_"))
 
 
-@pytest.mark.timeout(600)  # five starts of two processes
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # five starts of two processes, and what waits for the dead
 def test_a_run_survives_what_happens_to_a_rank(tmp_path: Path) -> None:
     """A rank is killed, hangs, has a full disk, each in the middle of a save, and is told to end."""
     told, saved = happen("kill", tmp_path)
