@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fake_run import make_model, make_objective, make_run_batch
 
 from supermoe.data.batch import Batch
@@ -106,18 +106,20 @@ def batch_of(rank: int, step: int) -> Batch:
     return without(batch, "churn") if rank == 1 else batch  # a task that one rank does not ask
 
 
-def work(rank: int, folder: str) -> None:
+def work(folder: Path) -> None:
     """One of two ranks: a batch of its own in every step."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     names = [name for name in OPTIONS if available(name)]
     found = {name: answers(name, lambda step: [batch_of(rank, step)]) for name in names}
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
 
 
 def test_all_ranks_get_the_same_weights_and_those_of_one_process_that_accumulates(tmp_path: Path) -> None:
-    mp.start_processes(work, (str(tmp_path),), nprocs=2, start_method="fork")
+    ranks.launch(2, work, tmp_path)
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == other
     assert len(one) >= len(OPTIONS) - 5

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from factories import make_batch, make_schema
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -174,15 +174,15 @@ def check_refusals(mesh: DeviceMesh) -> None:
         EventSoftmax(wide_schema(), "type", negatives="all").losses(
             sharded.model.heads["next"], torch.zeros(1, 16).double(), torch.tensor([3])
         )
-    ranks = {"rank": HeadSpec("field", field="type")}
+    heads = {"rank": HeadSpec("field", field="type")}
     with pytest.raises(UserError, match=r"tasks\.rank"):
-        shard_tables(SuperMoE(make_schema(), CONFIG, ranks), mesh, min_rows=5)
+        shard_tables(SuperMoE(make_schema(), CONFIG, heads), mesh, min_rows=5)
 
 
-def work(rank: int, folder: str) -> None:
+def work(folder: Path) -> None:
     """What each of three processes does; the last has no part in the mesh of two."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    dist.init_process_group("gloo")
     three, two = DeviceMesh("cpu", [0, 1, 2]), DeviceMesh("cpu", [0, 1])
     check_drawing(three, two)
     check_gradients(three)
@@ -193,10 +193,10 @@ def work(rank: int, folder: str) -> None:
         whole.step(3, step)
     assert_equal(sharded, whole)
     check_average_and_whole_weights(sharded, whole)
-    dcp.save(sharded.state(), checkpoint_id=f"{folder}/checkpoint")
-    if rank < 2:  # the same training goes on with two ranks
+    dcp.save(sharded.state(), checkpoint_id=folder / "checkpoint")
+    if dist.get_rank() < 2:  # the same training goes on with two ranks
         sharded = Sharded(two)
-        sharded.load(Path(folder, "checkpoint"))
+        sharded.load(folder / "checkpoint")
         assert_equal(sharded, whole)
         for step in range(3, 6):
             sharded.step(step)
@@ -208,7 +208,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process loads what three have saved
 def test_sharded_tables_train_as_whole_ones_do(tmp_path: Path) -> None:
-    mp.start_processes(work, (str(tmp_path),), nprocs=3, start_method="fork")
+    ranks.launch(3, work, tmp_path)
     saved = {"model": build_model().double().state_dict()}
     dcp.load(saved, checkpoint_id=tmp_path / "checkpoint", no_dist=True)  # one process takes them whole
     whole = Whole()
