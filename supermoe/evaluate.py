@@ -14,7 +14,7 @@ from supermoe.data.store import Store
 from supermoe.distributed.mesh import World, launched, start
 from supermoe.studies.measurement import write_measurement
 from supermoe.training.build import build_run
-from supermoe.training.refit import final_run, unseen_run
+from supermoe.training.refit import measured_run
 from supermoe.training.trainer import BEST
 from supermoe.typed_yaml import UserError
 
@@ -47,7 +47,7 @@ def evaluate(config: RunConfig, split: str | None = None, world: World | None = 
     if len(store.rows_of(split)) == 0:
         raise UserError(f"{config.store} holds no examples of the split {split}; choose another --split")
     run.trainer.resume()
-    measured = unseen_run(run, final_run(run), split)
+    measured = measured_run(run, split)
     evaluation = measured.evaluate(split)
     table = world.first(lambda: write_measurement(run, measured, evaluation))
     paths = {"report": "report.md", "predictions": f"predictions/{split}"}

@@ -25,7 +25,7 @@ from supermoe.studies.measurement import write_measurement
 from supermoe.training.build import Run, build_run
 from supermoe.training.environment import write_environment
 from supermoe.training.evaluation import Evaluation
-from supermoe.training.refit import final_run, unseen_run
+from supermoe.training.refit import final_run, measured_run
 from supermoe.typed_yaml import build, dump, parse_instant
 
 DAY = 86_400
@@ -54,7 +54,7 @@ def train(config: RunConfig, source: Any = None, world: World | None = None) -> 
     if final is not run:
         world.first(lambda: tqdm.write("training again, on train and validation examples"))
         final.trainer.fit()
-    measured = unseen_run(run, final, run.measured_split)
+    measured = measured_run(run, run.measured_split, final)
     evaluation = measured.evaluate(run.measured_split)
     table = world.first(lambda: write_measurement(run, measured, evaluation))
     world.first(lambda: save_model(final, evaluation))

@@ -10,7 +10,7 @@ from supermoe.data.store import Store
 from supermoe.studies import measurement
 from supermoe.studies.measurement import write_measurement
 from supermoe.training.build import build_run
-from supermoe.training.refit import final_run, unseen_run
+from supermoe.training.refit import final_run, measured_run
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -21,8 +21,8 @@ def test_the_baseline_is_trained_on_what_the_measured_run_was(
     run = build_run(config, Store.open(config.store))
     run.trainer.resume()
     final = final_run(run)
-    assert unseen_run(run, final, "valid") is run
-    measured = unseen_run(run, final, "test")
+    assert measured_run(run, "valid", final) is run
+    measured = measured_run(run, "test", final)
     assert measured is final
     assert final is not run
     seen = []

@@ -17,9 +17,11 @@ def final_run(run: Run) -> Run:
     return final
 
 
-def unseen_run(run: Run, final: Run, split: str) -> Run:
-    """Which of a run and its final one can be measured on a split: the final one has trained on all but the test."""
-    return final if split == "test" else run
+def measured_run(run: Run, split: str, final: Run | None = None) -> Run:
+    """The run to measure on a split: the final one on test, which is all that it has not trained on, else `run`."""
+    if split != "test":
+        return run
+    return final or final_run(run)
 
 
 def build_refit(run: Run) -> Run:
