@@ -35,7 +35,7 @@ from supermoe.training.warm_start import warm_start
 from supermoe.typed_yaml import UserError, build
 
 EPOCHS_OF_EXAMPLES = 6  # features start where hand-made ones are: later epochs learn examples by heart
-EPOCHS_OF_EVENTS = 30  # what follows what is learnt from nothing
+EPOCHS_OF_EVENTS = 30  # the values of fields are learnt along with what follows what
 
 
 @dataclass(frozen=True)
