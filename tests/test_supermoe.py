@@ -236,6 +236,5 @@ def test_no_python_loop_over_users_or_events() -> None:
         return counted.calls
 
     few = calls(users=16, events=6)  # enough for every expert to have rows
-    # experts run in groups of like load, whose number varies by one or two; a loop would add hundreds of calls
-    assert abs(calls(users=32, events=6) - few) < 20
-    assert abs(calls(users=4, events=48) - few) < 20
+    assert calls(users=32, events=6) == few
+    assert calls(users=16, events=48) == few
