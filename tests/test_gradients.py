@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from supermoe.model.heads import HeadSpec
 from supermoe.studies import gradients
 
 
@@ -16,8 +17,8 @@ class Head:
     def __init__(self, direction: list[float] | None, reads: str = "example"):
         self.direction, self.reads = direction, reads
 
-    def head_spec(self) -> SimpleNamespace:
-        return SimpleNamespace(reads=self.reads)
+    def head_spec(self) -> HeadSpec:
+        return HeadSpec("linear", reads=self.reads)
 
     def loss(self, head, output, batch):
         if self.direction is None:

@@ -6,12 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fake_run import make_labels, make_model, make_run_batch, make_task, make_tasks, run_schema
+from fake_run import make_labels, make_model, make_run_batch, make_task, make_tasks
 
 from supermoe.data.batch import SetLabels
 from supermoe.data.schema import FIRST_ID, LabelSchema
-from supermoe.objectives import ranking
-from supermoe.objectives.ranking import relevant_ids, seen_ids
+from supermoe.objectives.ranking import relevant_ids
 from supermoe.typed_yaml import UserError
 
 
@@ -69,15 +68,7 @@ def test_seen_ids_are_never_ranked(world) -> None:
         assert set(found[b].tolist()) - {-1} == set(range(FIRST_ID, 11)) - seen
 
 
-def test_seen_ids_of_a_slice_of_the_examples(world) -> None:
-    _, _, batch, _ = world
-    row, ids = seen_ids(batch, "type", run_schema(), 0, batch.num_examples)
-    part_row, part_ids = seen_ids(batch, "type", run_schema(), 2, 4)
-    expected = sorted((int(r) - 2, int(i)) for r, i in zip(row, ids, strict=True) if 2 <= r < 4)
-    assert sorted(zip(part_row.tolist(), part_ids.tolist(), strict=True)) == expected
-
-
-def test_next_item_is_learnt_at_every_event(world) -> None:
+def test_next_item_is_learnt_at_every_event_and_from_the_labels_at_cuts(world) -> None:
     tasks, model, batch, output = world
     task, head = tasks["item"], model.heads["item"]
     total, count = task.loss(head, output, batch)
@@ -90,14 +81,20 @@ def test_next_item_is_learnt_at_every_event(world) -> None:
                 logits = (weight @ head.query(output.event_ND[n]) + bias)[FIRST_ID:]
                 expected = expected - logits.log_softmax(0)[target - FIRST_ID]
                 positions += 1
+    labels_B = batch.labels["item"]
+    log_p_BC = task.logits(head, output, batch)[:, FIRST_ID:].log_softmax(-1)
+    asked = [b for b in range(batch.num_examples) if labels_B[b] >= FIRST_ID]
+    expected = expected - sum(log_p_BC[b, labels_B[b] - FIRST_ID] for b in asked)
     torch.testing.assert_close(total, expected)
-    assert count == task.count(batch) == positions > 0
+    assert count == task.count(batch) == positions + len(asked)
+    assert positions > 0
+    assert asked
 
 
-def test_next_item_ranks_from_the_last_visible_event_in_chunks_or_at_once(world, monkeypatch) -> None:
+def test_next_item_starts_at_what_the_last_visible_event_says(world) -> None:
     tasks, model, batch, output = world
     task, head = tasks["item"], model.heads["item"]
-    whole = task.scores(head, output, batch)
+    found = task.scores(head, output, batch)
     weight, bias = head.table()
     for b in range(batch.num_examples):
         if batch.visible_B[b] == 0:  # popularity alone
@@ -105,10 +102,30 @@ def test_next_item_ranks_from_the_last_visible_event_in_chunks_or_at_once(world,
         else:
             event = int(batch.offsets_S[batch.read_B[b]] + batch.visible_B[b]) - 1
             expected = weight @ head.query(output.event_ND[event]) + bias
-        assert whole["top_k"][b].tolist() == (expected[FIRST_ID:].argsort(descending=True) + FIRST_ID).tolist()
-    monkeypatch.setattr(ranking, "MAX_LOGITS", 22)  # two examples at a time
-    for key, values in task.scores(head, output, batch).items():
-        torch.testing.assert_close(values, whole[key])
+        assert found["top_k"][b].tolist() == (expected[FIRST_ID:].argsort(descending=True) + FIRST_ID).tolist()
+
+
+def test_labels_at_cuts_teach_the_correction_and_events_the_rest() -> None:
+    """Where no training example has a label, as under leave-one-out, the answer stays that of the last event."""
+    tasks = {"item": make_tasks()["item"]}
+    batch = make_run_batch(3)
+    for labels_B in (batch.labels["item"], torch.full_like(batch.labels["item"], -1)):
+        model = make_model(tasks, {})
+        head = model.heads["item"]
+        labelled = replace(batch, labels={"item": labels_B})
+        tasks["item"].loss(head, model(labelled), labelled)[0].backward()
+        of_labels = [*head.correction.parameters(), *head.trust.parameters()]
+        assert any(bool(p.grad.any()) for p in of_labels) == bool((labels_B >= FIRST_ID).any())
+        assert bool(head.project.weight.grad.any())  # of events
+
+
+def test_what_is_popular_at_cuts_is_the_prior_of_next_item() -> None:
+    task = make_task("next_item", "item")
+    counts_V = torch.arange(11)
+    task.fit_prior(torch.tensor([5, 5, 5, -1]), counts_V)
+    assert int(task.prior_C.argmax()) + FIRST_ID == 5
+    task.fit_prior(torch.full((4,), -1), counts_V)
+    assert int(task.prior_C.argmax()) + FIRST_ID == 10
 
 
 def test_scores_without_labels_have_no_rank(world) -> None:

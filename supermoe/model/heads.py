@@ -28,15 +28,26 @@ class HeadSpec:
 
     `linear`: `size` logits; with `field` the classes are that event field's ids, or those in `ids`, and counts of them
     are copied; `direct`: the head also reads the leading directions of the bags, for static attributes of few users.
-    `field`: one logit per id of the field, from its embeddings. `reads`: an example's read-out or an event's output.
+    `field`: one logit per id of the field, from its embeddings. `reads`: an example's read-out, an event's output, or
+    both.
     """
 
     kind: Literal["linear", "field"]
     size: int = 0
     field: str | None = None
-    reads: Literal["example", "event"] = "example"
+    reads: Literal["example", "event", "both"] = "example"
     ids: Sequence[int] = ()
     direct: bool = False
+
+    @property
+    def reads_examples(self) -> bool:
+        """Does it ask a question about users at their cuts?"""
+        return self.reads != "event"
+
+    @property
+    def reads_events(self) -> bool:
+        """Does it learn from every event?"""
+        return self.reads != "example"
 
 
 class CopyTerm(nn.Module):
@@ -184,3 +195,25 @@ class FieldHead(nn.Module):
 
     def _regularised(self, x: Tensor) -> Tensor:
         return ops.dropout(self.norm(x), self.dropout, self.training)
+
+
+class NextFieldHead(FieldHead):
+    """A field head of events that is asked at cuts too, where more is known than what happened last.
+
+    logits_V = (1 + trust(x)) event logits_V + correction_V(x), with trust and correction 0 at the start. After a pause
+    people seldom go on where they stopped: what they take then depends on the date, their habits and the pause itself.
+    """
+
+    def __init__(self, event_width: int, width: int, table: Table, bags: list[str], dropout: float):
+        super().__init__(event_width, table, [], dropout)
+        self.correction = FieldHead(width, table, bags, dropout)
+        self.trust = nn.Linear(width, 1)
+        copy = self.correction.copy
+        starts = [self.correction.project.weight, self.trust.weight, self.trust.bias]
+        for start in starts + ([] if copy is None else [copy.window.bias]):
+            nn.init.zeros_(start)
+
+    def logits_at_cut(self, event_BV: Tensor, x_BX: Tensor, batch: Batch) -> Tensor:
+        """Logits of the last visible events and read-outs x_BX of the batch's examples -> logits_BV."""
+        trust_B1 = 1 + self.trust(self.correction.norm(x_BX))
+        return trust_B1 * event_BV + self.correction.logits(x_BX, batch)

@@ -12,7 +12,7 @@ from supermoe.data.batch import Batch
 from supermoe.data.schema import Schema
 from supermoe.model.embedding import EventEmbedding
 from supermoe.model.encoder import Encoder, History, LayerRouting
-from supermoe.model.heads import FieldHead, HeadSpec, LinearHead
+from supermoe.model.heads import FieldHead, HeadSpec, LinearHead, NextFieldHead
 from supermoe.model.indicators import USER, Indicators
 from supermoe.model.moe import Experts, MoE
 from supermoe.model.named import ByName
@@ -42,8 +42,8 @@ class SuperMoE(nn.Module):
     ):
         super().__init__()
         self.config = config
-        tasks = [name for name, spec in heads.items() if spec.reads == "example"]
-        self.reads_events = any(spec.reads == "event" for spec in heads.values())
+        tasks = [name for name, spec in heads.items() if spec.reads_examples]
+        self.reads_events = any(spec.reads_events for spec in heads.values())
         self.embedding = EventEmbedding(schema, config, deferred_rows)
         self.encoder = Encoder(config)
         self.direct = [name for name in tasks if heads[name].direct]
@@ -100,14 +100,16 @@ class SuperMoE(nn.Module):
         return [module.router for module in self.modules() if isinstance(module, MoE)]
 
     def _head(self, spec: HeadSpec, schema: Schema) -> nn.Module:
-        if spec.reads == "event":
-            width, bags = self.config.dim, []
-        else:
-            features = self.indicators.features
-            width = self.readout.width + (0 if spec.direct else features.hidden_dim)
-            bags = [name for name, bag in schema.bags.items() if bag.field == spec.field]
+        features, dropout = self.indicators.features, self.config.head_dropout
+        width = self.readout.width + (0 if spec.direct else features.hidden_dim)
+        bags = [name for name, bag in schema.bags.items() if bag.field == spec.field]
         if spec.kind == "linear":
-            direct_dim = self.indicators.features.direct_dim if spec.direct else 0
-            return LinearHead(width, spec.size, bags, self.config.head_dropout, spec.ids, direct_dim)
+            direct_dim = features.direct_dim if spec.direct else 0
+            return LinearHead(width, spec.size, bags, dropout, spec.ids, direct_dim)
         assert spec.field is not None, "a head of kind 'field' names its field"
-        return FieldHead(width, self.embedding.tables[spec.field], bags, self.config.head_dropout)
+        table = self.embedding.tables[spec.field]
+        if spec.reads == "both":
+            return NextFieldHead(self.config.dim, width, table, bags, dropout)
+        if spec.reads == "event":
+            return FieldHead(self.config.dim, table, [], dropout)
+        return FieldHead(width, table, bags, dropout)

@@ -54,7 +54,7 @@ class Objective:
         unit_T = self._prior_T if units == "prior" else torch.ones_like(self._prior_T)
         self._scale_T = torch.tensor(list(self._weights.values()), dtype=torch.float64) / unit_T
         self._gram_TT: Tensor | None = None  # of the step so far
-        if balancer.every and all(task.head_spec().reads == "event" for task in tasks.values()):
+        if balancer.every and not any(task.head_spec().reads_examples for task in tasks.values()):
             raise UserError(
                 f"loss.balancer={balancer.config.type} needs the tasks' gradients at the user's vector, and no task "
                 f"reads it: all learn from events. Choose a balancer of losses alone, such as equal"
@@ -203,9 +203,9 @@ class Objective:
 
 def _steered(output: Any, name: str, share: Tensor) -> Any:
     """The output as a task reads it: below what its head reads only a share of its gradient passes."""
-    if name in output.task_BX:
-        return dataclasses.replace(output, task_BX={name: share_gradient(output.task_BX[name], share)})
-    return dataclasses.replace(output, event_ND=share_gradient(output.event_ND, share))
+    event_ND = None if output.event_ND is None else share_gradient(output.event_ND, share)
+    task_BX = {name: share_gradient(output.task_BX[name], share)} if name in output.task_BX else {}
+    return dataclasses.replace(output, event_ND=event_ND, task_BX=task_BX)
 
 
 def _all_reduce(values: Tensor) -> Tensor:

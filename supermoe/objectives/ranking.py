@@ -21,8 +21,6 @@ from supermoe.objectives.event_softmax import EventSoftmax, Negatives, check_cat
 from supermoe.objectives.task import MIN_PRIOR_LOSS, Labels, Scores, Task, TaskConfig, repeat_row, set_rows
 from supermoe.typed_yaml import ALL_TIME
 
-MAX_LOGITS = 1 << 24  # logits held at once while ranking
-
 
 class RankingConfig(TaskConfig):
     """What both ranking tasks are told."""
@@ -60,20 +58,19 @@ class _Ranking(Task):
     def undefined(self, labels: Labels) -> str:
         return super().undefined(labels) or ("" if len(relevant_ids(labels)[0]) else "no example has an id to find")
 
-    def rank(self, logits_BV: Tensor, batch: Batch, first: int = 0) -> dict[str, Tensor]:
-        """Scores of the consecutive examples from `first` on, from their logits over the whole vocabulary."""
-        num_rows, num_ids = logits_BV.shape
+    def scores(self, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:
+        return self.rank(self.logits(head, output, batch), batch)
+
+    def rank(self, logits_BV: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Scores from the logits over the whole vocabulary, which are overwritten."""
         logits_BV[:, :FIRST_ID] = -torch.inf
         if self.config.filter_seen:
-            row, ids = seen_ids(batch, self.field, self.schema, first, first + num_rows)
-            logits_BV[row, ids] = -torch.inf
-        score, top = logits_BV.topk(min(self.config.top_k, num_ids - FIRST_ID))
+            logits_BV[seen_ids(batch, self.field, self.schema)] = -torch.inf
+        score, top = logits_BV.topk(min(self.config.top_k, logits_BV.shape[1] - FIRST_ID))
         found = {"top_k": top.masked_fill(score == -torch.inf, -1), "scores": score}
         if self.name in batch.labels:
             row, ids = relevant_ids(batch.labels[self.name])
-            inside = (row >= first) & (row < first + num_rows)
-            row, ids = row[inside] - first, ids[inside]
-            none_B = logits_BV.new_full((num_rows,), torch.nan)
+            none_B = logits_BV.new_full((len(logits_BV),), torch.nan)
             best_B = none_B.scatter_reduce(0, row, logits_BV[row, ids], "amax", include_self=False)
             rank_B = 1 + (logits_BV > best_B[:, None]).sum(dim=1)
             found["rank"] = torch.where(best_B.isnan(), 0, rank_B)
@@ -113,12 +110,13 @@ class Retrieval(_Ranking):
         sizes_B = torch.bincount(row, minlength=batch.num_examples)
         return -(log_p_BC[row, ids - FIRST_ID] / best_dcg(sizes_B)[row]).sum(), int((sizes_B > 0).sum())
 
-    def scores(self, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:
-        return self.rank(self.logits(head, output, batch), batch)
-
 
 class NextItem(_Ranking):
-    """The id of a field at the next event, learnt at every event of the history and asked at the last visible one."""
+    """The id of a field at the next event, learnt at every event of the history and from the labels at cuts.
+
+    Where training examples have labels, with cuts in time, these teach how an answer at a cut differs from one in
+    the middle of a history (`NextFieldHead`).
+    """
 
     class Config(RankingConfig):
         type: str = "next_item"
@@ -126,27 +124,44 @@ class NextItem(_Ranking):
         negatives: Negatives = "auto"  # softmax over all ids, over this many sampled ones, or by vocabulary size
         head_precision: Literal["fp32", "bf16"] = "fp32"
 
+    unigram_C: Tensor  # share of each id among all events
+
     def __init__(self, config: Any, *, name: str, label: LabelSchema, schema: Schema):
         super().__init__(config, name=name, label=label, schema=schema)
         self.softmax = EventSoftmax(schema, self.field, config.negatives, config.head_precision)
 
     def head_spec(self) -> HeadSpec:
-        return HeadSpec(kind="field", field=self.field, reads="event")
+        return HeadSpec(kind="field", field=self.field, reads="both")
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
-        self.prior_C = self.softmax.prior(counts_V)
-        self.prior_loss = max(entropy(self.prior_C), MIN_PRIOR_LOSS)
+        self.unigram_C = self.softmax.prior(counts_V)
+        self.prior_loss = max(entropy(self.unigram_C), MIN_PRIOR_LOSS)
+        ids = relevant_ids(labels)[1]
+        size = self.schema.fields[self.field].size
+        self.prior_C = self.softmax.prior(torch.bincount(ids, minlength=size)) if len(ids) else self.unigram_C
+
+    def init_head(self, head: Any) -> None:
+        head.table()  # as for every ranking
+        set_field_bias(head, self.unigram_C)
 
     def count(self, batch: Batch) -> int:
-        return int((next_ids(batch, self.field) >= FIRST_ID).sum())
+        return int((next_ids(batch, self.field) >= FIRST_ID).sum()) + len(relevant_ids(batch.labels[self.name])[0])
 
     def loss(self, head: Any, output: Any, batch: Batch) -> tuple[Tensor, int]:
         next_N = next_ids(batch, self.field)
         position = torch.nonzero(next_N >= FIRST_ID)[:, 0]
-        loss = self.softmax.losses(head, output.event_ND.index_select(0, position), next_N[position])
-        return loss.float().sum(), len(position)
+        at_events = self.softmax.losses(head, output.event_ND.index_select(0, position), next_N[position])
+        row, ids = relevant_ids(batch.labels[self.name])
+        log_p_BC = self.logits(head, output, batch)[:, FIRST_ID:].log_softmax(dim=-1)
+        return at_events.float().sum() - log_p_BC[row, ids - FIRST_ID].sum(), len(position) + len(row)
 
-    def scores(self, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:
+    def logits(self, head: Any, output: Any, batch: Batch) -> Tensor:
+        with torch.no_grad():  # learnt from all events, which are many more than labels
+            event_BV = self._event_logits(head, output, batch)
+        return head.logits_at_cut(event_BV, output.task_BX[self.name], batch).float()
+
+    def _event_logits(self, head: Any, output: Any, batch: Batch) -> Tensor:
+        """What the last visible event says comes next -> logits_BV."""
         weight_VD, bias_V = head.table()
         last_B = batch.offsets_S[batch.read_B] + batch.visible_B - 1
         has_events_B = batch.visible_B > 0
@@ -154,12 +169,7 @@ class NextItem(_Ranking):
         x_BD[has_events_B] = output.event_ND[last_B[has_events_B]]
         # Where nothing was seen the bias ranks alone, which starts as popularity.
         query_BD = torch.where(has_events_B[:, None], head.query(x_BD), 0.0)
-        chunk = max(1, MAX_LOGITS // len(weight_VD))
-        parts = [
-            self.rank((query_BD[i : i + chunk] @ weight_VD.t() + bias_V).float(), batch, i)
-            for i in range(0, max(len(query_BD), 1), chunk)
-        ]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return query_BD @ weight_VD.t() + bias_V
 
 
 def best_dcg(sizes_B: Tensor, k: int = 10) -> Tensor:
@@ -178,16 +188,15 @@ def relevant_ids(labels: Labels) -> tuple[Tensor, Tensor]:
     return row[known], ids[known]
 
 
-def seen_ids(batch: Batch, field: str, schema: Schema, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """(example - first, id) of a field in the visible histories of examples `first` to `last`, bags included."""
-    read_B, visible_B = batch.read_B[first:last], batch.visible_B[first:last]
-    row = torch.repeat_interleave(torch.arange(len(read_B), device=read_B.device), visible_B)
-    before_B = visible_B.cumsum(0) - visible_B
-    event = torch.arange(len(row), device=row.device) + (batch.offsets_S[read_B] - before_B)[row]
+def seen_ids(batch: Batch, field: str, schema: Schema) -> tuple[Tensor, Tensor]:
+    """(example, id) of a field in the examples' visible histories, bags included."""
+    example_B = torch.arange(batch.num_examples, device=batch.visible_B.device)
+    row = torch.repeat_interleave(example_B, batch.visible_B)
+    before_B = batch.visible_B.cumsum(0) - batch.visible_B
+    event = torch.arange(len(row), device=row.device) + (batch.offsets_S[batch.read_B] - before_B)[row]
     rows, ids = [row], [batch.fields[field][event]]
     for name, bag in schema.bags.items():  # a bag over all time knows what lies before the events that were read
         if bag.field == field and bag.window == ALL_TIME:
-            offsets = batch.bags[name].offsets[first : last + 1]
-            rows.append(torch.repeat_interleave(torch.arange(len(read_B), device=row.device), offsets.diff()))
-            ids.append(batch.bags[name].ids[int(offsets[0]) : int(offsets[-1])])
+            rows.append(torch.repeat_interleave(example_B, batch.bags[name].offsets.diff()))
+            ids.append(batch.bags[name].ids)
     return torch.cat(rows), torch.cat(ids)

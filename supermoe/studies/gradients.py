@@ -23,7 +23,7 @@ def gradient_cosines(run: Run) -> dict[str, Any]:
         `tasks`, and `cosine`: a list of rows in their order (None where two tasks never met in a batch).
     """
     names, model = (
-        [name for name, task in run.tasks.items() if task.head_spec().reads == "example"],
+        [name for name, task in run.tasks.items() if task.head_spec().reads_examples],
         run.trainer.load_best(),
     )
     device = next(model.parameters()).device

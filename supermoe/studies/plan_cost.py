@@ -204,7 +204,7 @@ def _softmax_of(name: str, made: Blueprint) -> EventSoftmax | None:
             if objective.head_name(field) == name:
                 return softmax
     task = made.tasks.get(name)
-    return task.softmax if task is not None and made.model.reads_events and task.head_spec().reads == "event" else None
+    return task.softmax if task is not None and made.model.reads_events and task.head_spec().reads_events else None
 
 
 def state_numbers(made: Blueprint, counts: Counts, mesh: Mesh) -> float:

@@ -160,7 +160,7 @@ def _training(config: RunConfig, store: Store, heads: dict[str, HeadSpec]) -> Tr
 
 def num_epochs(config: RunConfig, heads: dict[str, HeadSpec]) -> int:
     """Epochs of one training; where the config leaves it open, what its tasks learn from decides."""
-    learns_items = any(heads[name].reads == "event" for name in config.tasks)
+    learns_items = any(heads[name].reads_events for name in config.tasks)
     return config.training.epochs or (EPOCHS_OF_EVENTS if learns_items else EPOCHS_OF_EXAMPLES)
 
 
@@ -176,7 +176,7 @@ def pretraining_configs(config: RunConfig, schema: Schema, heads: dict[str, Head
     """What the config asks for; by default `next_event`, unless a task learns from events or no field is a category."""
     if config.loss.pretraining is not None:
         return {name: item for name, item in config.loss.pretraining.items() if item is not None}
-    reads_events = any(spec.reads == "event" for spec in heads.values())
+    reads_events = any(spec.reads_events for spec in heads.values())
     has_category = any(field.kind == "category" for field in schema.fields.values())
     return {} if reads_events or not has_category else {"next_event": NextEvent.Config()}
 
@@ -195,7 +195,7 @@ def build_tasks(config: RunConfig, store: Store) -> dict[str, Task]:
                 f"prior. Check its `label`, or leave it out with tasks.{name}=null",
                 stacklevel=2,
             )
-        learns_from = train if task.head_spec().reads == "event" else train[asked(labels).numpy()]
+        learns_from = train if task.head_spec().reads_events else train[asked(labels).numpy()]
         task.num_users = len(np.unique(store.examples.user[learns_from]))
         tasks[name] = task
     return tasks
