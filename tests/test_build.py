@@ -9,6 +9,7 @@ import torch
 from supermoe import ops
 from supermoe.config import RunConfig, load_run
 from supermoe.data.store import Store
+from supermoe.training import build
 from supermoe.training.build import build_run, build_tasks, event_names, field_counts, id_values
 from supermoe.typed_yaml import UserError, validate
 
@@ -91,6 +92,16 @@ def test_a_run_is_as_long_as_its_tasks_need(config: RunConfig, store: Store, tas
     training = config.training.model_copy(update={"epochs": None})
     trainer = build_run(config.model_copy(update={"tasks": kept, "training": training}), store).trainer
     assert trainer.num_steps == epochs * trainer.steps_per_epoch
+
+
+def test_large_logs_get_fewer_epochs(config: RunConfig, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = config.model_copy(update={"training": config.training.model_copy(update={"epochs": None})})
+    of_examples = free.model_copy(update={"tasks": {"churn": config.tasks["churn"]}})
+    monkeypatch.setattr(build, "ENOUGH_EXAMPLES", int(2.5 * len(store.rows_of("train"))))
+    monkeypatch.setattr(build, "ENOUGH_EVENTS", store.summary["events"] // 2)
+    for config, epochs in ((of_examples, 3), (free, 1)):
+        heads = {name: task.head_spec() for name, task in build_tasks(config, store).items()}
+        assert build.num_epochs(config, heads, store) == epochs
 
 
 @pytest.mark.parametrize(("refit", "minutes"), [(True, 4.0), (False, 8.0)])

@@ -65,7 +65,7 @@ def study(request: Request) -> dict[str, Any]:
         _check(store, request, methods, source)
         configs = {f"{ALONE}.{task}": alone(request, base, task) for task in base.tasks} | methods
         tasks = build_tasks(base, store)
-        epochs = num_epochs(base, {name: task.head_spec() for name, task in tasks.items()})
+        epochs = num_epochs(base, {name: task.head_spec() for name, task in tasks.items()}, store)
         budget = {"threads": threads_per_training(request.jobs), "epochs": epochs}
         trainings = plan(configs, request.seeds, out, store.fingerprint, **budget)
         singles = [training for training in trainings if training.name.startswith(f"{ALONE}.")]

@@ -36,6 +36,8 @@ from supermoe.typed_yaml import UserError, build
 
 EPOCHS_OF_EXAMPLES = 6  # features start where hand-made ones are: later epochs learn examples by heart
 EPOCHS_OF_EVENTS = 30  # the values of fields are learnt along with what follows what
+ENOUGH_EXAMPLES = 1_000_000  # to see: large logs need fewer epochs
+ENOUGH_EVENTS = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -155,13 +157,16 @@ def _training(config: RunConfig, store: Store, heads: dict[str, HeadSpec]) -> Tr
     """What one training is told, its length decided: a refit gets half of the minutes."""
     told = config.training
     minutes = told.max_minutes / 2 if told.max_minutes and wants_refit(config, store) else told.max_minutes
-    return told.model_copy(update={"max_minutes": minutes, "epochs": num_epochs(config, heads)})
+    return told.model_copy(update={"max_minutes": minutes, "epochs": num_epochs(config, heads, store)})
 
 
-def num_epochs(config: RunConfig, heads: dict[str, HeadSpec]) -> int:
-    """Epochs of one training; where the config leaves it open, what its tasks learn from decides."""
-    learns_items = any(heads[name].reads_events for name in config.tasks)
-    return config.training.epochs or (EPOCHS_OF_EVENTS if learns_items else EPOCHS_OF_EXAMPLES)
+def num_epochs(config: RunConfig, heads: dict[str, HeadSpec], store: Store) -> int:
+    """Epochs of one training; where the config leaves it open, by what its tasks learn from and how much that is."""
+    if config.training.epochs:
+        return config.training.epochs
+    if any(heads[name].reads_events for name in config.tasks):
+        return min(EPOCHS_OF_EVENTS, 1 + ENOUGH_EVENTS // store.summary["events"])
+    return min(EPOCHS_OF_EXAMPLES, 1 + ENOUGH_EXAMPLES // len(store.rows_of("train")))
 
 
 def choose_backend(name: str | None) -> None:
