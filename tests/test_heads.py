@@ -71,7 +71,6 @@ def test_field_head_starts_as_a_dirichlet_posterior() -> None:
     head, batch = FieldHead(6, embedding_table(11, 4), ["type_all"], dropout=0), make_batch()
     prior_V = torch.rand(11).softmax(0)
     head.start_at(prior_V)
-    nn.init.zeros_(head.project.weight)
     bag = batch.bags["type_all"]
     counts_BV = torch.zeros(5, 11)
     counts_BV[torch.repeat_interleave(torch.arange(5), bag.offsets.diff()), bag.ids] = bag.weights

@@ -139,7 +139,8 @@ class LinearHead(nn.Module):
 class FieldHead(nn.Module):
     """logits_V = query(x) E^T + b + copied counts, with E the event embedding's own table of the field.
 
-    Of events there is no copy term: bags are counted at an example's cut.
+    The query starts at zero; of events, which are held to be near what follows until more is learnt, at a multiple of
+    the event itself. They have no copy term: bags are counted at an example's cut.
     """
 
     def __init__(self, width: int, table: Table, bags: list[str], dropout: float):
@@ -147,8 +148,8 @@ class FieldHead(nn.Module):
         self._tied = (table,)  # in a tuple, so that the table stays the event embedding's parameter alone
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, table.embedding_dim, bias=False)
-        if width == table.embedding_dim:  # of an event, which is held to be near what follows until more is learnt
-            self.project.weight.data.copy_(NEARNESS * torch.eye(width))
+        nearness = NEARNESS if width == table.embedding_dim else 0.0
+        self.project.weight.data.copy_(nearness * torch.eye(table.embedding_dim, width))
         self.bias = nn.Parameter(torch.zeros(table.num_embeddings, device=table.weight.device))
         self.bias.is_table = True  # type: ignore[attr-defined]  # told to the optimiser
         self.copy = CopyTerm(width, table.num_embeddings, bags, start=1.0) if bags else None
@@ -208,10 +209,10 @@ class NextFieldHead(FieldHead):
         super().__init__(event_width, table, [], dropout)
         self.correction = FieldHead(width, table, bags, dropout)
         self.trust = nn.Linear(width, 1)
-        copy = self.correction.copy
-        starts = [self.correction.project.weight, self.trust.weight, self.trust.bias]
-        for start in starts + ([] if copy is None else [copy.window.bias]):
-            nn.init.zeros_(start)
+        nn.init.zeros_(self.trust.weight)
+        nn.init.zeros_(self.trust.bias)
+        if self.correction.copy is not None:
+            nn.init.zeros_(self.correction.copy.window.bias)
 
     def logits_at_cut(self, event_BV: Tensor, x_BX: Tensor, batch: Batch) -> Tensor:
         """Logits of the last visible events and read-outs x_BX of the batch's examples -> logits_BV."""
