@@ -20,7 +20,8 @@ def test_outputs_come_once_for_every_example_and_land_in_their_rows(model_folder
         rows = [row for batch, _ in outputs(artifact, store) for row in batch.example_B.tolist()]
         for batch, output in outputs(artifact, store):
             assert not output.user_BD.requires_grad
-            np.testing.assert_array_equal(found[batch.example_B], output.user_BD)
+            # asked alone or with the tasks' questions: products of other sizes round otherwise
+            np.testing.assert_allclose(found[batch.example_B], output.user_BD, rtol=1e-5, atol=1e-5)
         assert sorted(rows) == list(range(len(found)))
         users = user_ids(store).to_pylist()
     assert users == sorted(set(users))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -38,13 +40,15 @@ class Indicators(nn.Module):
         self.questions = ByName({name: Question(config.dim) for name in questions})
         self.norm = nn.LayerNorm(config.dim, bias=False)
 
-    def forward(self, batch: Batch, last_B: Tensor, seen_B: Tensor) -> tuple[Tensor, Features]:
-        """Tokens of every question about every example -> x_QBD, and the features, which heads read too.
+    def forward(
+        self, batch: Batch, last_B: Tensor, seen_B: Tensor, questions: Sequence[str] | None = None
+    ) -> tuple[Tensor, Features]:
+        """Tokens of all `questions` about every example -> x_QBD, and the features, which heads read too.
 
         `last_B` is the time of the last visible event, read where `seen_B` says that there is one.
         """
         gap_B = log_gap(batch.cut_B - last_B).masked_fill(~seen_B, torch.nan)
         when_BD = self.when(torch.cat([gap_B[:, None], calendar(batch.cut_B)], dim=1))
         features = self.features(batch)
-        asked = [question(features.vector_BD) for question in self.questions.values()]
+        asked = [self.questions[name](features.vector_BD) for name in questions or self.questions]
         return self.norm(when_BD + torch.stack(asked)), features

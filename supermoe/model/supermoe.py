@@ -12,6 +12,7 @@ from supermoe.data.batch import Batch
 from supermoe.data.schema import Schema
 from supermoe.model.embedding import EventEmbedding
 from supermoe.model.encoder import Encoder, History, LayerRouting
+from supermoe.model.feature_encoder import Features
 from supermoe.model.heads import FieldHead, HeadSpec, LinearHead, NextFieldHead
 from supermoe.model.indicators import USER, Indicators
 from supermoe.model.moe import Experts, MoE
@@ -58,8 +59,8 @@ class SuperMoE(nn.Module):
         return self.ask(self.extend(batch), batch)
 
     def embed(self, batch: Batch) -> Tensor:
-        """The vectors of users at their cuts -> user_BD, as `forward` gives them, in less time."""
-        return self.ask(self.extend(batch, outputs=False), batch).user_BD
+        """The vectors of users at their cuts -> user_BD, as `forward` gives them; nothing else is asked."""
+        return self._answers(self.extend(batch, outputs=False), batch, [USER])[0].squeeze(0)
 
     def extend(self, batch: Batch, past: History | None = None, outputs: bool | None = None) -> History:
         """Read a batch's events, behind the `past` of the same reads where there is one.
@@ -72,18 +73,24 @@ class SuperMoE(nn.Module):
 
     def ask(self, history: History, batch: Batch) -> Output:
         """Ask every question about the batch's examples, of which `visible_B` counts the events known to `history`."""
-        end_B = history.offsets_S[batch.read_B] + batch.visible_B
-        last_B = torch.cat([history.time_J.new_zeros(1), history.time_J])[end_B]
-        x_QBD, features = self.indicators(batch, last_B, batch.visible_B > 0)
-        num_questions = len(x_QBD)
-        where = [per_B.repeat(num_questions) for per_B in (batch.read_B, batch.visible_B, batch.cut_B)]
-        answer_MD, routings = self.encoder.ask(history, x_QBD.flatten(0, 1), *where)
-        user_BD, *own = answer_MD.view_as(x_QBD).unbind(0)
+        answer_QBD, features, routings = self._answers(history, batch)
+        user_BD, *own = answer_QBD.unbind(0)
         task_BX = self.readout(user_BD, dict(zip(self.readout.questions, own, strict=True)))
         for name, read_BX in task_BX.items():
             beside_BX = features.direct_BX if name in self.direct else features.hidden_BF
             task_BX[name] = torch.cat([read_BX, beside_BX], dim=1)
         return Output(history.event_ND, user_BD, task_BX, history.routings + routings, list(self.indicators.questions))
+
+    def _answers(
+        self, history: History, batch: Batch, questions: list[str] | None = None
+    ) -> tuple[Tensor, Features, list[LayerRouting]]:
+        """Answers to all `questions`, `user` first -> answer_QBD, and what else was made on the way."""
+        end_B = history.offsets_S[batch.read_B] + batch.visible_B
+        last_B = torch.cat([history.time_J.new_zeros(1), history.time_J])[end_B]
+        x_QBD, features = self.indicators(batch, last_B, batch.visible_B > 0, questions)
+        where = [per_B.repeat(len(x_QBD)) for per_B in (batch.read_B, batch.visible_B, batch.cut_B)]
+        answer_MD, routings = self.encoder.ask(history, x_QBD.flatten(0, 1), *where)
+        return answer_MD.view_as(x_QBD), features, routings
 
     def num_parameters(self, active: bool = False) -> int:
         """Number of weights; `active`: those that one token passes, `top_k` of the experts and no vocabulary tables."""
