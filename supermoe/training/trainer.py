@@ -97,7 +97,8 @@ class Trainer:
         self.world = self.parallel.world
         self.parallel.shard(model)
         self.average = average_weights(model, config.ema) if config.ema else None
-        self._micro_batch = self.parallel.wrap(MicroBatch(model, objective), self.average and self.average.module)
+        with self.world.watch(lambda: "before the first step"):
+            self._micro_batch = self.parallel.wrap(MicroBatch(model, objective), self.average and self.average.module)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, identity, self.world)
         if self.valid is None and replay is None and objective.balancer.validates:
             warnings.warn(
