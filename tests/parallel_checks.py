@@ -132,6 +132,21 @@ def finish(trainer: Trainer, path: Path) -> None:
         torch.save({"outcome": found, "best": best, "rows": rows}, path)
 
 
+def many_steps(folder: Path, expert: int) -> None:
+    """Fifty steps on a mesh with so many ranks in a row of experts."""
+    prepare()
+    with start(DistributedConfig(expert=expert)) as world:
+        train_long(folder / f"{world.size}ranks", world, expert=expert)
+
+
+def train_long(folder: Path, world: World | None = None, **distributed: Any) -> Trainer:
+    """Fifty steps that nothing is measured after."""
+    trainer = build(folder, world, epochs=25, **distributed)
+    trainer.valid = None
+    trainer.fit()
+    return trainer
+
+
 def stop_after_a_step(trainer: Trainer) -> None:
     """Resume, do one step, save and end, as SIGTERM asks for; only the last rank was told."""
     trainer.resume()

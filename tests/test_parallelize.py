@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from supermoe.config import DistributedConfig
+from supermoe.training.metrics import read_metrics
 
 # Sums over ranks come in another order; in bf16 a token's experts on two ranks are added up after rounding.
 TOLERANCE = {"plain": 1e-12, "limited": 1e-12, "crowded": 1e-12, "bf16": 2e-2}
@@ -83,3 +85,17 @@ def test_a_run_that_moves_from_mesh_to_mesh_ends_where_it_would_have(folder: Pat
 def test_what_trains_wrongly_is_refused_with_the_reason(strategy: str) -> None:
     with pytest.raises(ValidationError, match=r"fairscale 0\.4\.13's .*; use fsdp2"):
         DistributedConfig(strategy=strategy)
+
+
+@pytest.mark.slow  # three trainings of fifty steps
+@pytest.mark.timeout(3600)
+def test_losses_agree_over_fifty_steps(tmp_path: Path) -> None:
+    """On (1, 2) and (2, 2) as on one device, up to how fast errors of rounding grow."""
+    expected = read_metrics(parallel_checks.train_long(tmp_path / "alone").folder)
+    assert len(expected) == 50
+    for size in (2, 4):
+        ranks.launch(size, partial(parallel_checks.many_steps, expert=2), tmp_path)
+        found = read_metrics(tmp_path / f"{size}ranks")
+        for row, other in zip(found, expected, strict=True):
+            compare(row["loss"], other["loss"], 1e-9)
+            compare(row["gradient_norm"], other["gradient_norm"], 1e-9)
