@@ -110,9 +110,9 @@ def test_the_prior_of_a_head_with_direct_inputs_weakens_with_users_and_doubts_wh
     with torch.no_grad():
         head.direct_CX.fill_(1.0)
     direct = [head.penalty(users).item() for users in (100, 10_000)]
-    assert direct == pytest.approx([150 / 100 * 12, 150 / 10_000 * 12])
+    assert direct == pytest.approx([400 / 100 * 12, 400 / 10_000 * 12])
     with torch.no_grad():
         head.direct_CX.zero_()
         head.weight.fill_(1.0)
     learnt = [head.penalty(users).item() for users in (100, 10_000)]
-    assert learnt == pytest.approx([150 / 100 * 18 * 101, 150 / 10_000 * 18 * 2])
+    assert learnt == pytest.approx([400 / 100 * 18 * 101, 400 / 10_000 * 18 * 2])

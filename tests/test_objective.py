@@ -82,6 +82,22 @@ def test_a_loss_that_is_not_finite_names_task_step_and_rows(world) -> None:
         objective.loss(model.heads, model(batch), batch, objective.counts([batch]), step=7)
 
 
+@pytest.mark.parametrize("names", [["churn"], ["churn", "spend", "item"]])
+def test_the_prior_on_a_head_counts_as_its_tasks_loss_does_beside_any_number_of_tasks(names: list[str]) -> None:
+    tasks, batch = {name: task for name, task in make_objective().tasks.items() if name in names}, make_run_batch(1)
+    objective = Objective(tasks, {}, Equal(Equal.Config(), names=names))
+    model = make_model(tasks, {}).eval()
+    count_T = objective.counts([batch])
+    totals = []
+    for penalty in (0.0, 7.0):
+        model.heads["churn"].penalty = lambda num_users, penalty=penalty: penalty
+        total = objective.loss(model.heads, model(batch), batch, count_T, num_batches=2)[0]
+        totals.append(total.item())
+    task = tasks["churn"]
+    evidence = task.num_users / (task.num_users + FEW_USERS)
+    assert totals[1] - totals[0] == pytest.approx(7 / 2 * evidence / task.prior_loss / len(names), rel=1e-4)
+
+
 # --- gradients at the user's vector -----------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from supermoe.data.schema import FIRST_ID
 from supermoe.model.embedding import Table
 from supermoe.model.packed import read_of_events
 
-DIRECT_PRIOR = 150.0  # users' worth of evidence that a direct input must overcome to leave zero
+DIRECT_PRIOR = 400.0  # users' worth of evidence that a direct input must overcome to leave zero
 READ_PRIOR = 10_000.0  # labelled users that make what was learnt as trustworthy as the fixed direct inputs
 NEARNESS = 0.5  # scale of an event's query at the start
 PRIOR_COUNTS = 60.0  # counts that a field head's prior is worth beside a user's own

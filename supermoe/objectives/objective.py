@@ -1,6 +1,6 @@
 """One loss out of many: each task's mean over all it asked in the step, on the scale of its prior, times its weight.
 
-    L = sum_t w_t * weight_t * evidence_t * (sum_i d_it l_it / sum_i d_it) / prior_t + router losses
+    L = sum_t w_t * weight_t * evidence_t * (sum_i d_it l_it / sum_i d_it + penalty_t) / prior_t + router losses
 
 Both sums run over all accumulation steps and ranks, so that a task with few labels is neither drowned nor noisy by
 accident. w_t is the balancer's; pre-training objectives, which it does not weigh, keep the weight of equal losses.
@@ -126,8 +126,8 @@ class Objective:
         total = total + self._router_losses(output, batch, tokens or self.tokens([batch]))
         if dist.is_initialized():  # data parallelism averages gradients over ranks; the counts are of all ranks
             total = total * dist.get_world_size()
-        for name, task in self.tasks.items():
-            total = total + self._weights[name] * heads[name].penalty(task.num_users) / num_batches
+        for (name, task), scale in zip(self.tasks.items(), self.weight_T * self._scale_T, strict=False):
+            total = total + float(scale) * heads[name].penalty(task.num_users) / num_batches  # as its loss is scaled
         return total, sum_T.detach().double().cpu()
 
     def finish_step(self, sum_T: Tensor, count_T: Tensor, after_T: Tensor | None = None) -> dict[str, float]:
