@@ -36,6 +36,7 @@ class _Ranking(Task):
     main_metric = "ndcg@10"
     can_be_taught = False  # predictions hold the top of the ranking only
     prior_C: Tensor  # popularity of the ids from FIRST_ID on
+    start_C: Tensor  # what the head's logits start from, likewise
 
     def __init__(self, config: Any, *, name: str, label: LabelSchema, schema: Schema):
         super().__init__(config, name=name, label=label, schema=schema)
@@ -44,7 +45,7 @@ class _Ranking(Task):
 
     def init_head(self, head: Any) -> None:
         head.table()  # where it is sharded this is refused now, and not at the first evaluation
-        set_field_bias(head, self.prior_C)
+        set_field_bias(head, self.start_C)
 
     def prior_scores(self, num_examples: int) -> Scores:
         score, index = self.prior_C.topk(min(self.config.top_k, len(self.prior_C)))
@@ -98,7 +99,7 @@ class Retrieval(_Ranking):
         sizes_B = torch.bincount(row)
         weight = (1 / best_dcg(sizes_B).double())[row]
         counts_V = torch.zeros(self.schema.fields[self.field].size, dtype=torch.double).index_add(0, ids, weight)
-        self.prior_C = self.softmax.prior(counts_V)
+        self.prior_C = self.start_C = self.softmax.prior(counts_V)
         loss = -(counts_V[FIRST_ID:] * self.prior_C.log()).sum() / max(int((sizes_B > 0).sum()), 1)
         self.prior_loss = max(float(loss), MIN_PRIOR_LOSS)
 
@@ -125,8 +126,6 @@ class NextItem(_Ranking):
         negatives: Negatives = "auto"  # softmax over all ids, over this many sampled ones, or by vocabulary size
         head_precision: Literal["fp32", "bf16"] = "fp32"
 
-    unigram_C: Tensor  # share of each id among all events
-
     def __init__(self, config: Any, *, name: str, label: LabelSchema, schema: Schema):
         super().__init__(config, name=name, label=label, schema=schema)
         self.softmax = EventSoftmax(schema, self.field, config.negatives, config.head_precision)
@@ -135,15 +134,11 @@ class NextItem(_Ranking):
         return HeadSpec(kind="field", field=self.field, reads="both")
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
-        self.unigram_C = self.softmax.prior(counts_V)
-        self.prior_loss = max(entropy(self.unigram_C), MIN_PRIOR_LOSS)
+        self.start_C = self.softmax.prior(counts_V)  # of events, from which most is learnt
+        self.prior_loss = max(entropy(self.start_C), MIN_PRIOR_LOSS)
         ids = relevant_ids(labels)[1]
         size = self.schema.fields[self.field].size
-        self.prior_C = self.softmax.prior(torch.bincount(ids, minlength=size)) if len(ids) else self.unigram_C
-
-    def init_head(self, head: Any) -> None:
-        head.table()  # as for every ranking
-        set_field_bias(head, self.unigram_C)
+        self.prior_C = self.softmax.prior(torch.bincount(ids, minlength=size)) if len(ids) else self.start_C
 
     def count(self, batch: Batch) -> int:
         return int((next_ids(batch, self.field) >= FIRST_ID).sum()) + len(relevant_ids(batch.labels[self.name])[0])
