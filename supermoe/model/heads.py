@@ -140,10 +140,10 @@ class FieldHead(nn.Module):
     """logits_V = query(x) E^T + b + copied counts, with E the event embedding's own table of the field.
 
     The query starts at zero; of events, which are held to be near what follows until more is learnt, at a multiple of
-    the event itself. They have no copy term: bags are counted at an example's cut.
+    the event itself. They have no copy term: bags are counted at an example's cut. Copied counts start at `copied`.
     """
 
-    def __init__(self, width: int, table: Table, bags: list[str], dropout: float):
+    def __init__(self, width: int, table: Table, bags: list[str], dropout: float, copied: float = 1.0):
         super().__init__()
         self._tied = (table,)  # in a tuple, so that the table stays the event embedding's parameter alone
         self.norm = nn.LayerNorm(width)
@@ -152,7 +152,7 @@ class FieldHead(nn.Module):
         self.project.weight.data.copy_(nearness * torch.eye(table.embedding_dim, width))
         self.bias = nn.Parameter(torch.zeros(table.num_embeddings, device=table.weight.device))
         self.bias.is_table = True  # type: ignore[attr-defined]  # told to the optimiser
-        self.copy = CopyTerm(width, table.num_embeddings, bags, start=1.0) if bags else None
+        self.copy = CopyTerm(width, table.num_embeddings, bags, copied) if bags else None
         self.dropout = dropout
 
     @property
@@ -207,12 +207,10 @@ class NextFieldHead(FieldHead):
 
     def __init__(self, event_width: int, width: int, table: Table, bags: list[str], dropout: float):
         super().__init__(event_width, table, [], dropout)
-        self.correction = FieldHead(width, table, bags, dropout)
+        self.correction = FieldHead(width, table, bags, dropout, copied=0.0)
         self.trust = nn.Linear(width, 1)
         nn.init.zeros_(self.trust.weight)
         nn.init.zeros_(self.trust.bias)
-        if self.correction.copy is not None:
-            nn.init.zeros_(self.correction.copy.window.bias)
 
     def logits_at_cut(self, event_BV: Tensor, x_BX: Tensor, batch: Batch) -> Tensor:
         """Logits of the last visible events and read-outs x_BX of the batch's examples -> logits_BV."""
