@@ -212,6 +212,10 @@ class NextFieldHead(FieldHead):
         nn.init.zeros_(self.trust.weight)
         nn.init.zeros_(self.trust.bias)
 
+    def asked_at_cuts(self) -> list[nn.Parameter]:
+        """What only the labels at cuts teach."""
+        return [*self.correction.parameters(), *self.trust.parameters()]
+
     def logits_at_cut(self, event_BV: Tensor, x_BX: Tensor, batch: Batch) -> Tensor:
         """Logits of the last visible events and read-outs x_BX of the batch's examples -> logits_BV."""
         trust_B1 = 1 + self.trust(self.correction.norm(x_BX))

@@ -148,8 +148,12 @@ class NextItem(_Ranking):
         position = torch.nonzero(next_N >= FIRST_ID)[:, 0]
         at_events = self.softmax.losses(head, output.event_ND.index_select(0, position), next_N[position])
         row, ids = relevant_ids(batch.labels[self.name])
-        log_p_BC = self.logits(head, output, batch)[:, FIRST_ID:].log_softmax(dim=-1)
-        return at_events.float().sum() - log_p_BC[row, ids - FIRST_ID].sum(), len(position) + len(row)
+        if len(row):
+            log_p_BC = self.logits(head, output, batch)[:, FIRST_ID:].log_softmax(dim=-1)
+            at_cuts = -log_p_BC[row, ids - FIRST_ID].sum()
+        else:  # under leave-one-out always: nothing is scored, but every rank has every gradient
+            at_cuts = 0.0 * sum(x.sum() for x in (output.task_BX[self.name], *head.asked_at_cuts()))
+        return at_events.float().sum() + at_cuts, len(position) + len(row)
 
     def logits(self, head: Any, output: Any, batch: Batch) -> Tensor:
         with torch.no_grad():  # learnt from all events, which are many more than labels
