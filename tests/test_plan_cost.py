@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from plans import config_of
+from plans import NEXT, config_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from supermoe.data.batch import Batch
@@ -15,9 +15,10 @@ from supermoe.studies.plan_model import blueprint, schema_of
 from supermoe.typed_yaml import UserError
 
 
-def test_flops_are_those_of_the_forward_pass() -> None:
+@pytest.mark.parametrize("overrides", [[], [f"tasks={{next: {NEXT}}}"]])
+def test_flops_are_those_of_the_forward_pass(overrides: list[str]) -> None:
     """Operators are counted in fp64, where experts run as plain products; attention counts whole, here by half."""
-    config = config_of("model.max_events=8", "training.tokens_per_batch=512", "features={}")
+    config = config_of("model.max_events=8", "training.tokens_per_batch=512", "features={}", *overrides)
     made = blueprint(config, schema_of(config), "cpu")
     shape = plan_probe.shape_of(config)
     batch = plan_probe.made_up_batch(made.schema, shape)
@@ -25,7 +26,11 @@ def test_flops_are_those_of_the_forward_pass() -> None:
     model = made.model.eval().double().requires_grad_(False)  # a softmax that needs a gradient makes it at once
     with FlopCounterMode(display=False) as counter:
         output = model(_double(batch))
-        made.pretraining["next_event"].loss(model.heads, output, batch)
+        for objective in made.pretraining.values():
+            objective.loss(model.heads, output, batch)
+        for name, task in made.tasks.items():
+            if task.head_spec().reads_events:
+                task.loss(model.heads[name], output, batch)
     assert forward_flops(config, made, shape) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from supermoe.config import RunConfig
-from supermoe.model.heads import FieldHead
+from supermoe.model.heads import FieldHead, NextFieldHead
 from supermoe.model.moe import Experts, MoE
 from supermoe.objectives.event_softmax import EventSoftmax
 from supermoe.studies.plan_model import Blueprint, Counts, linear_weights
@@ -194,6 +194,10 @@ def _head_flops(name: str, head: object, made: Blueprint, shape: Shape) -> float
     softmax = _softmax_of(name, made)
     rows = shape.examples if head.copy is not None else shape.tokens
     scored = head.tied.num_embeddings if softmax is None or softmax.num_negatives is None else softmax.num_negatives
+    if isinstance(head, NextFieldHead):  # at cuts it scores all ids twice: as the last event does, and its correction
+        at_cuts = linear_weights(head) + 2 * head.tied.num_embeddings * head.tied.embedding_dim
+        at_events = linear_weights(head.project) + scored * head.tied.embedding_dim
+        return 2.0 * (shape.examples * at_cuts + shape.tokens * at_events)
     return 2.0 * rows * (linear_weights(head) + scored * head.tied.embedding_dim)
 
 
@@ -204,7 +208,7 @@ def _softmax_of(name: str, made: Blueprint) -> EventSoftmax | None:
             if objective.head_name(field) == name:
                 return softmax
     task = made.tasks.get(name)
-    return task.softmax if task is not None and made.model.reads_events and task.head_spec().reads_events else None
+    return task.softmax if task is not None and task.head_spec().reads_events else None
 
 
 def state_numbers(made: Blueprint, counts: Counts, mesh: Mesh) -> float:
