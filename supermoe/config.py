@@ -139,7 +139,9 @@ class LossConfig(Config):
     """How the tasks' losses become one."""
 
     balancer: Annotated[Any, Seat("supermoe.objectives.balancers")] = "equal"
-    units: Literal["prior", "none"] = "prior"  # every loss over its prior's, or in its own unit
+    # every loss in nats over the root of its prior's, so that all send alike much noise into what they share; over its
+    # prior's; or as it is
+    units: Literal["root", "prior", "nats"] = "root"
     few_users: float = Field(1000, ge=0)  # a task of n labelled users has a say of n / (n + few_users)
     teachers: Path | None = None  # folder that supermoe.seesaw leaves: answers of models of each task alone
     teaching: float = Field(0.5, ge=0, le=1)  # share of a teacher's answer in what is learnt, beside the label

@@ -31,7 +31,7 @@ def total_and_gradient(objective, model, groups):
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sums, count_T
 
 
-def test_loss_is_the_weighted_sum_of_means_on_the_scale_of_the_priors(world) -> None:
+def test_loss_is_the_weighted_sum_of_means_over_the_roots_of_the_priors(world) -> None:
     objective, model = world
     batch = make_run_batch(1)
     total, _, sum_T, count_T = total_and_gradient(objective, model, [batch])
@@ -40,7 +40,7 @@ def test_loss_is_the_weighted_sum_of_means_on_the_scale_of_the_priors(world) -> 
     for i, (name, term) in enumerate(objective.terms.items()):
         evidence = term.num_users / (term.num_users + FEW_USERS) if name in objective.tasks else 1.0
         weight = objective.weight_T[i].item() * evidence
-        expected += weight * sum_T[i].item() / count_T[i].item() / term.prior_loss
+        expected += weight * sum_T[i].item() / count_T[i].item() / term.prior_loss**0.5
         assert count_T[i] == term.count(batch) > 0, name
     assert total == pytest.approx(expected, rel=1e-5)
 
@@ -95,7 +95,7 @@ def test_the_prior_on_a_head_counts_as_its_tasks_loss_does_beside_any_number_of_
         totals.append(total.item())
     task = tasks["churn"]
     evidence = task.num_users / (task.num_users + FEW_USERS)
-    assert totals[1] - totals[0] == pytest.approx(7 / 2 * evidence / task.prior_loss / len(names), rel=1e-4)
+    assert totals[1] - totals[0] == pytest.approx(7 / 2 * evidence / task.prior_loss**0.5 / len(names), rel=1e-4)
 
 
 # --- gradients at the user's vector -----------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def users_gradients(objective, model, batch, count_T) -> torch.Tensor:
             rows.append(torch.zeros_like(output.user_BD).flatten())
             continue
         (gradient,) = torch.autograd.grad(loss, output.user_BD)
-        scale = task.num_users / (task.num_users + FEW_USERS) / task.prior_loss / count_T[i].item()
+        scale = task.num_users / (task.num_users + FEW_USERS) / task.prior_loss**0.5 / count_T[i].item()
         rows.append(scale * gradient.flatten())
     return torch.stack(rows)
 
@@ -196,12 +196,13 @@ def test_tasks_that_all_learn_from_events_have_no_gradients_to_measure(monkeypat
         Objective(item, {}, balancer)
 
 
-def test_units_and_evidence_can_be_switched_off() -> None:
+@pytest.mark.parametrize(("units", "power"), [("nats", 0), ("prior", 1)])
+def test_other_units_and_no_evidence(units: str, power: float) -> None:
     tasks, batch = make_objective().tasks, make_run_batch(1)
     model = make_model(tasks, {}).eval()
-    total = 0.0
-    objective = Objective(tasks, {}, Equal(Equal.Config(), names=list(tasks)), units="none", few_users=0)
+    objective = Objective(tasks, {}, Equal(Equal.Config(), names=list(tasks)), units=units, few_users=0)
     loss, sum_T = objective.loss(model.heads, model(batch), batch, objective.counts([batch]))
-    total = sum((sum_T / objective.counts([batch])).tolist()) / len(tasks)
+    priors = torch.tensor([task.prior_loss for task in tasks.values()], dtype=torch.float64)
+    total = (sum_T / objective.counts([batch]) / priors**power).mean().item()
     total += sum(entry.routing.aux_loss.item() for entry in model(batch).routings)
     assert loss.item() == pytest.approx(total, rel=1e-5)

@@ -1,8 +1,9 @@
-"""One loss out of many: each task's mean over all it asked in the step, on the scale of its prior, times its weight.
+"""One loss out of many: each task's mean over all it asked in the step, in units of its prior's root, times its weight.
 
-    L = sum_t w_t * weight_t * evidence_t * (sum_i d_it l_it / sum_i d_it + penalty_t) / prior_t + router losses
+    L = sum_t w_t * weight_t * evidence_t * (sum_i d_it l_it / sum_i d_it + penalty_t) / prior_t ** 0.5 + router losses
 
-Both sums run over all accumulation steps and ranks, so that a task with few labels is neither drowned nor noisy by
+Losses are negative log-likelihoods. One that can be explained by a share f of its prior's H nats sends gradients of the
+size (2 f H) ** 0.5 into what is shared, most of them noise; over the root of H, all tasks send alike much. Both sums run over all accumulation steps and ranks, so that a task with few labels is neither drowned nor noisy by
 accident. w_t is the balancer's; pre-training objectives, which it does not weigh, keep the weight of equal losses.
 """
 
@@ -21,6 +22,7 @@ from supermoe.objectives.balancer import Balancer, Step
 from supermoe.objectives.task import Task
 from supermoe.typed_yaml import UserError
 
+UNITS = {"root": 0.5, "prior": 1.0, "nats": 0.0}  # powers of the prior's loss that losses are divided by
 FEW_USERS = 1000.0  # a task with this many labelled users has half a say in what is shared
 
 
@@ -32,7 +34,7 @@ class Objective:
     """The tasks and pre-training objectives of a run, T losses in all, and the balancer that weighs the tasks.
 
     Args:
-        units: `prior` divides every loss by its prior's, `none` leaves it in its own unit.
+        units: what every loss is divided by, see `UNITS`.
         few_users: evidence_t = n / (n + few_users) for a task of n labelled users; 0 gives every task a whole say.
     """
 
@@ -42,7 +44,7 @@ class Objective:
         pretraining: dict[str, Any],
         balancer: Balancer,
         *,
-        units: Literal["prior", "none"] = "prior",
+        units: Literal["root", "prior", "nats"] = "root",
         few_users: float = FEW_USERS,
     ):
         self.tasks, self.pretraining, self.balancer = tasks, pretraining, balancer
@@ -51,8 +53,7 @@ class Objective:
         evidence = {name: task.num_users / (task.num_users + few_users) for name, task in tasks.items()}
         self._weights = {name: term.config.weight * evidence.get(name, 1.0) for name, term in self.terms.items()}
         self._prior_T = torch.tensor([term.prior_loss for term in self.terms.values()], dtype=torch.float64)
-        unit_T = self._prior_T if units == "prior" else torch.ones_like(self._prior_T)
-        self._scale_T = torch.tensor(list(self._weights.values()), dtype=torch.float64) / unit_T
+        self._scale_T = torch.tensor(list(self._weights.values()), dtype=torch.float64) / self._prior_T ** UNITS[units]
         self._gram_TT: Tensor | None = None  # of the step so far
         if balancer.every and not any(task.head_spec().reads_examples for task in tasks.values()):
             raise UserError(

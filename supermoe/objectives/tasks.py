@@ -175,7 +175,7 @@ class Ordinal(Multiclass):
 
 
 class Multilabel(Task):
-    """Any number of classes at once. Scores: one probability per class [n, C]."""
+    """Any number of classes at once, a yes or no each. Scores: one probability per class [n, C]."""
 
     class Config(TaskConfig):
         type: str = "multilabel"
@@ -195,7 +195,8 @@ class Multilabel(Task):
         assert isinstance(labels, SetLabels)
         num_asked = int(self._asked_training(labels).sum())
         counts_C = torch.bincount(labels.ids[asked(labels)[set_rows(labels)]], minlength=self.label.num_classes)
-        self.prior_C, self.prior_loss = _bernoulli_prior(counts_C[None] / num_asked, num_asked)
+        self.prior_C, loss = _bernoulli_prior(counts_C[None] / num_asked, num_asked)
+        self.prior_loss = loss * self.label.num_classes
 
     def init_head(self, head: Any) -> None:
         _set_bias(head, torch.logit(self.prior_C))
@@ -211,7 +212,7 @@ class Multilabel(Task):
         return self.soft_losses(logits_BC, self.multi_hot(labels))
 
     def soft_losses(self, logits_BC: Tensor, answer: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits_BC, answer, reduction="none").mean(dim=-1)
+        return F.binary_cross_entropy_with_logits(logits_BC, answer, reduction="none").sum(dim=-1)
 
     def decode(self, logits_BC: Tensor) -> Tensor:
         return logits_BC.sigmoid()
@@ -274,8 +275,9 @@ class Regression(Task):
     def losses(self, logits_BC: Tensor, labels: Labels) -> Tensor:
         assert isinstance(labels, Tensor)
         target_B = (labels.nan_to_num() - self.mean) / self.std
-        function = F.mse_loss if self.config.loss == "mse" else F.huber_loss
-        return function(logits_BC[:, 0], target_B, reduction="none")
+        if self.config.loss == "huber":
+            return F.huber_loss(logits_BC[:, 0], target_B, reduction="none")
+        return 0.5 * F.mse_loss(logits_BC[:, 0], target_B, reduction="none")  # a Gaussian's, in nats
 
     def decode(self, logits_BC: Tensor) -> Tensor:
         return logits_BC[:, 0] * self.std + self.mean
