@@ -2,9 +2,10 @@
 
     L = sum_t w_t * weight_t * evidence_t * (sum_i d_it l_it / sum_i d_it + penalty_t) / prior_t ** 0.5 + router losses
 
-Losses are negative log-likelihoods. One that can be explained by a share f of its prior's H nats sends gradients of the
-size (2 f H) ** 0.5 into what is shared, most of them noise; over the root of H, all tasks send alike much. Both sums run over all accumulation steps and ranks, so that a task with few labels is neither drowned nor noisy by
-accident. w_t is the balancer's; pre-training objectives, which it does not weigh, keep the weight of equal losses.
+Losses are negative log-likelihoods. One of whose prior's H nats a share f can be explained sends gradients of the size
+(2 f H) ** 0.5 into what is shared, most of them noise; over the root of H, all tasks send alike much. Both sums run
+over all accumulation steps and ranks, so that a task with few labels is neither drowned nor noisy by accident. w_t is
+the balancer's; pre-training objectives, which it does not weigh, keep the weight of equal losses.
 """
 
 from __future__ import annotations
