@@ -139,16 +139,18 @@ class LinearHead(nn.Module):
 class FieldHead(nn.Module):
     """logits_V = query(x) E^T + b + copied counts, with E the event embedding's own table of the field.
 
-    The query starts at zero; of events, which are held to be near what follows until more is learnt, at a multiple of
-    the event itself. They have no copy term: bags are counted at an example's cut. Copied counts start at `copied`.
+    The query starts at `nearness` times what is read: at zero, but for heads of events, which are held to be near what
+    follows until more is learnt. They have no copy term: bags are counted at an example's cut. Copied counts start at
+    `copied`.
     """
 
-    def __init__(self, width: int, table: Table, bags: list[str], dropout: float, copied: float = 1.0):
+    def __init__(
+        self, width: int, table: Table, bags: list[str], dropout: float, copied: float = 1.0, nearness: float = 0.0
+    ):
         super().__init__()
         self._tied = (table,)  # in a tuple, so that the table stays the event embedding's parameter alone
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, table.embedding_dim, bias=False)
-        nearness = NEARNESS if width == table.embedding_dim else 0.0
         self.project.weight.data.copy_(nearness * torch.eye(table.embedding_dim, width))
         self.bias = nn.Parameter(torch.zeros(table.num_embeddings, device=table.weight.device))
         self.bias.is_table = True  # type: ignore[attr-defined]  # told to the optimiser
@@ -206,7 +208,7 @@ class NextFieldHead(FieldHead):
     """
 
     def __init__(self, event_width: int, width: int, table: Table, bags: list[str], dropout: float):
-        super().__init__(event_width, table, [], dropout)
+        super().__init__(event_width, table, [], dropout, nearness=NEARNESS)
         self.correction = FieldHead(width, table, bags, dropout, copied=0.0)
         self.trust = nn.Linear(width, 1)
         nn.init.zeros_(self.trust.weight)

@@ -13,7 +13,7 @@ from supermoe.data.schema import Schema
 from supermoe.model.embedding import EventEmbedding
 from supermoe.model.encoder import Encoder, History, LayerRouting
 from supermoe.model.feature_encoder import Features
-from supermoe.model.heads import FieldHead, HeadSpec, LinearHead, NextFieldHead
+from supermoe.model.heads import NEARNESS, FieldHead, HeadSpec, LinearHead, NextFieldHead
 from supermoe.model.indicators import USER, Indicators
 from supermoe.model.moe import Experts, MoE
 from supermoe.model.named import ByName
@@ -118,5 +118,5 @@ class SuperMoE(nn.Module):
         if spec.reads == "both":
             return NextFieldHead(self.config.dim, width, table, bags, dropout)
         if spec.reads == "event":
-            return FieldHead(self.config.dim, table, [], dropout)
+            return FieldHead(self.config.dim, table, [], dropout, nearness=NEARNESS)
         return FieldHead(width, table, bags, dropout)
