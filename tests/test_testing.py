@@ -44,15 +44,14 @@ def test_builtin_routers(kind: str, balance: str, top_k: int) -> None:
     check_router({"type": kind, "balance": balance}, top_k=top_k)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{"type": name, **({"weights": {"first": 2.0}} if name == "fixed" else {})} for name in BALANCERS],
-    ids=lambda config: config["type"],
-)
-def test_builtin_balancers(config: dict) -> None:
-    if issubclass(BALANCERS[config["type"]], JacobianDescent):
+@pytest.mark.parametrize("name", BALANCERS)
+def test_builtin_balancers(name: str, tmp_path: Path) -> None:
+    if issubclass(BALANCERS[name], JacobianDescent):
         pytest.importorskip("torchjd", reason="the extra `torchjd` is not installed")
-    check_balancer(config)
+    path = tmp_path / "alone.json"
+    path.write_text('{"first": 0.1, "second": 0.2, "third": 0.3}')
+    told = {"fixed": {"weights": {"first": 2.0}}, "seesaw": {"reference": str(path)}}
+    check_balancer({"type": name} | told.get(name, {}))
 
 
 @pytest.mark.parametrize(

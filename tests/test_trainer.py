@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_run import FakeBatches, make_model, make_objective, make_run_batch, make_trainer, weights
+from fake_run import (
+    FakeBatches,
+    make_model,
+    make_objective,
+    make_run_batch,
+    make_trainer,
+    seesaw_balancer,
+    weights,
+)
 
 from supermoe.config import TrainingConfig
 from supermoe.data.batch import Batch
@@ -74,7 +82,7 @@ def test_a_balancer_continues_where_it_was(tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {"balancer": {"balancer": kind}, "max_steps": 5, "checkpoint_every": 2}
     options |= {"evaluate_every": 2, "ema": None}
     if kind == "seesaw":
-        options["balancer"] |= {"temperature": 1e-3, "follow": ["churn", "age"]}
+        options["balancer"] = seesaw_balancer(tmp_path)
     whole = finish(tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         finish(tmp_path / "killed", train=FakeBatches(5, fail_at=3), **options)
@@ -87,7 +95,7 @@ def test_a_balancer_continues_where_it_was(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_replay_tells_the_balancer_what_the_evaluations_of_another_run_found(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"balancer": {"balancer": "seesaw", "stop": False}, "max_steps": 4}
+    options: dict[str, Any] = {"balancer": seesaw_balancer(tmp_path), "max_steps": 4}
     first = finish(tmp_path / "first", evaluate_every=2, **options)
     (half, gains), (end, _) = first.progress["evaluations"]
     assert (half, end) == (0.5, 1.0)
@@ -100,7 +108,7 @@ def test_a_replay_tells_the_balancer_what_the_evaluations_of_another_run_found(t
 
 
 def test_a_balancer_that_needs_evaluations_says_when_there_are_none(tmp_path: Path) -> None:
-    objective = make_objective("seesaw")
+    objective = make_objective(**seesaw_balancer(tmp_path))
     model, config = make_model(objective.tasks, objective.pretraining), TrainingConfig(epochs=1)
     with pytest.warns(UserWarning, match="there is no validation split: its weights stay as they start"):
         Trainer(model, objective, FakeBatches(5), None, config, folder=tmp_path, identity={})

@@ -34,7 +34,6 @@ class _Ranking(Task):
     """Metrics, prior and decoding of ranked ids."""
 
     main_metric = "ndcg@10"
-    can_be_taught = False  # predictions hold the top of the ranking only
     prior_C: Tensor  # popularity of the ids from FIRST_ID on
     start_C: Tensor  # what the head's logits start from, likewise
 
@@ -56,6 +55,11 @@ class _Ranking(Task):
         num_rows = len(scores["top_k"])
         offsets = np.concatenate([[0], np.cumsum(np.bincount(row.numpy(), minlength=num_rows))])
         return measures.ranking(scores["top_k"], offsets, ids.numpy(), k=10)
+
+    @property
+    def can_be_taught(self) -> bool:
+        """No: predictions hold the top of the ranking only."""
+        return False
 
     def undefined(self, labels: Labels) -> str:
         return super().undefined(labels) or ("" if len(relevant_ids(labels)[0]) else "no example has an id to find")

@@ -42,7 +42,6 @@ class Task:
 
     Config: type[TaskConfig]
     main_metric: ClassVar[str]  # higher is better, 1 is perfect
-    can_be_taught: ClassVar[bool] = True  # whether `decode` says all that the task believes
 
     def __init__(self, config: Any, *, name: str, label: LabelSchema, schema: Schema):
         self.config, self.name, self.label, self.schema = config, name, label, schema
@@ -99,6 +98,14 @@ class Task:
     def losses(self, logits_BC: Tensor, labels: Labels) -> Tensor:
         """Loss of every example -> fp32 [B]; finite where not asked."""
         raise NotImplementedError
+
+    @property
+    def can_be_taught(self) -> bool:
+        """Whether another model's answers to training examples say more than their labels.
+
+        Not those to a static attribute: the other model has seen the same user's label at other cuts.
+        """
+        return self.config.label.attribute is None
 
     def teach(self, answers: Tensor, share: float) -> None:
         """Learn also from another model's answers: with `share` in place of the labels' losses.

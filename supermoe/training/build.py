@@ -108,7 +108,8 @@ def build_run(
         untaught = teach(tasks, store, config.loss.teachers, config.seed, config.loss.teaching)
         if untaught:
             warnings.warn(
-                f"loss.teachers: {', '.join(untaught)}: learnt from labels alone, as rankings have no teacher",
+                f"loss.teachers: {', '.join(untaught)}: learnt from labels alone, as rankings and static attributes "
+                f"have no teacher",
                 stacklevel=2,
             )
     heads = {name: task.head_spec() for name, task in tasks.items()}

@@ -23,7 +23,7 @@ REMEDY = "train them with python -m supermoe.seesaw, which leaves them in its fo
 
 
 def teach(tasks: dict[str, Task], store: Store, folder: Path, seed: int, share: float) -> list[str]:
-    """Give every task the answers of its teacher -> the tasks that have none, as they learn rankings.
+    """Give every task the answers of its teacher -> the tasks that have none, see `Task.can_be_taught`.
 
     Teachers answer the training examples of the store as it was prepared; for any more, labels count alone.
 
