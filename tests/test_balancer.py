@@ -13,7 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from fake_run import make_model, make_objective, make_run_batch
+from fake_run import make_model, make_objective, make_run_batch, seesaw_balancer
 
 from supermoe.data.batch import Batch
 from supermoe.model.supermoe import SuperMoE
@@ -64,8 +64,8 @@ def available(name: str) -> bool:
     return not issubclass(REGISTRY[name], JacobianDescent) or importlib.util.find_spec("torchjd") is not None
 
 
-def make_world(name: str) -> tuple[Objective, SuperMoE]:
-    objective = make_objective(name, **OPTIONS[name])
+def make_world(name: str, folder: Path) -> tuple[Objective, SuperMoE]:
+    objective = make_objective(**(seesaw_balancer(folder) if name == "seesaw" else {"balancer": name} | OPTIONS[name]))
     return objective, make_model(objective.tasks, objective.pretraining).eval()  # no dropout, so that ranks compare
 
 
@@ -91,9 +91,9 @@ def without(batch: Batch, task: str) -> Batch:
     return replace(batch, labels=dict(batch.labels) | {task: torch.full_like(batch.labels[task], torch.nan)})
 
 
-def answers(name: str, batches_of: Callable[[int], list[Batch]]) -> list[list[float]]:
+def answers(name: str, folder: Path, batches_of: Callable[[int], list[Batch]]) -> list[list[float]]:
     """Weights and shares after each of two steps."""
-    objective, model = make_world(name)
+    objective, model = make_world(name, folder)
     found = []
     for step in (1, 2):
         take_step(objective, model, batches_of(step), step)
@@ -112,7 +112,9 @@ def work(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     names = [name for name in OPTIONS if available(name)]
-    found = {name: answers(name, lambda step: [batch_of(rank, step)]) for name in names}
+    own = folder / f"rank{rank}"
+    own.mkdir()
+    found = {name: answers(name, own, lambda step: [batch_of(rank, step)]) for name in names}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -126,16 +128,16 @@ def test_all_ranks_get_the_same_weights_and_those_of_one_process_that_accumulate
     for name, found in one.items():
         if issubclass(REGISTRY[name], JacobianDescent):
             continue  # combines the gradients of the batches that are read at once, here two, there one
-        together = answers(name, lambda step: [batch_of(rank, step) for rank in range(2)])
+        together = answers(name, tmp_path, lambda step: [batch_of(rank, step) for rank in range(2)])
         torch.testing.assert_close(torch.tensor(found), torch.tensor(together), rtol=1e-4, atol=1e-5)  # fp32 losses
 
 
 @pytest.mark.parametrize("name", [*REGISTRY])
-def test_bf16_accumulation_and_absent_tasks(name: str) -> None:
+def test_bf16_accumulation_and_absent_tasks(name: str, tmp_path: Path) -> None:
     """A task that one micro-batch does not ask, one that no batch asks, and a read-out under autocast."""
     if not available(name):
         pytest.skip("the extra `torchjd` is not installed")
-    objective, model = make_world(name)
+    objective, model = make_world(name, tmp_path)
     model.train()
     batches = [without(make_run_batch(1), "churn"), make_run_batch(2)]
     with torch.autocast("cpu", torch.bfloat16):
