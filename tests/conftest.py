@@ -27,8 +27,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from supermoe.typed_yaml import validate
 
     folder = tmp_path_factory.mktemp("trained")
-    tiny.make_log().to_parquet(folder / "events.parquet")
-    tiny.make_users().to_parquet(folder / "users.parquet")
+    tiny.write_tables(folder)
     config = tiny.make_config(folder).model_dump(mode="json")
     config["tasks"]["item"] = {"type": "next_item", "label": {"next": "type", "window": "28d"}}
     config["loss"] = {"pretraining": {"next_event": {"type": "next_event", "fields": ["shop"]}}}

@@ -24,8 +24,7 @@ VARIANT = ["--variant", "slow: loss.balancer=equal training.lr=1e-4"]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which a study of two tasks and four methods was carried out. Not to be changed."""
     folder = tmp_path_factory.mktemp("seesaw")
-    tiny.make_log().to_parquet(folder / "events.parquet")
-    tiny.make_users().to_parquet(folder / "users.parquet")
+    tiny.write_tables(folder)
     config = tiny.make_config(Path()).model_dump(mode="json")
     config["tasks"] = {name: config["tasks"][name] for name in ("churn", "types")}
     config["training"] |= {"max_steps": 1, "threads": 1}

@@ -77,8 +77,7 @@ def signal_to(pid: int, number: int) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A log, a config, and the run `alone` that nothing disturbs."""
     folder = tmp_path_factory.mktemp("torchrun")
-    tiny.make_log().to_parquet(folder / "events.parquet")
-    tiny.make_users().to_parquet(folder / "users.parquet")
+    tiny.write_tables(folder)
     config = tiny.make_config(Path()).model_dump(mode="json")
     config["data"]["store"] = "store"
     config["training"] |= {"max_steps": STEPS, "epochs": STEPS, "tokens_per_batch": 500, "accumulate": 2, "threads": 1}

@@ -46,6 +46,12 @@ def make_users(num_users: int = 30) -> pd.DataFrame:
     )
 
 
+def write_tables(folder: Path) -> None:
+    """Write the log and its users to events.parquet and users.parquet, which `make_config` reads."""
+    make_log().to_parquet(folder / "events.parquet")
+    make_users().to_parquet(folder / "users.parquet")
+
+
 def make_config(folder: Path) -> RunConfig:
     """A run in `folder` over events.parquet and users.parquet there, with one task of every shape of score."""
     window = {"window": "28d"}
@@ -85,8 +91,7 @@ def make_config(folder: Path) -> RunConfig:
 
 def make_model_folder(folder: Path, seed: int = 0) -> Path:
     """Write the log's files and a model folder of random weights, and return the latter's path."""
-    make_log().to_parquet(folder / "events.parquet")
-    make_users().to_parquet(folder / "users.parquet")
+    write_tables(folder)
     config = make_config(folder)
     store = prepare(config)
     tasks: dict[str, Task] = {

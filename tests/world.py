@@ -25,8 +25,7 @@ Harm = Callable[[], object]
 
 def make() -> None:
     """A log, a config and a finished run in the current folder, all named by relative paths."""
-    tiny.make_log().to_parquet("events.parquet")
-    tiny.make_users().to_parquet("users.parquet")
+    tiny.write_tables(Path())
     config = tiny.make_config(Path()).model_dump(mode="json")
     config["training"] |= {"max_steps": 1, "keep_checkpoints": 1, "threads": 1, "refit": False}
     config["report"] |= {"plots": False}
