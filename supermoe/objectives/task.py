@@ -52,6 +52,11 @@ class Task:
 
     # --- set-up ---
 
+    @property
+    def is_static(self) -> bool:
+        """Whether the label is an attribute of the user, the same at every cut."""
+        return self.config.label.attribute is not None
+
     def head_spec(self) -> HeadSpec:
         """What the model must answer with."""
         raise NotImplementedError
@@ -59,8 +64,8 @@ class Task:
     def linear_head(self, size: int, copies: bool = False) -> HeadSpec:
         """A linear head: with direct inputs for a static attribute, with copied counts for a field's values."""
         field = (self.label.field or self.label.source) if copies else None
-        is_static = self.config.label.attribute is not None
-        return HeadSpec(kind="linear", size=size, field=field, ids=self.label.ids if field else (), direct=is_static)
+        ids = self.label.ids if field else ()
+        return HeadSpec(kind="linear", size=size, field=field, ids=ids, direct=self.is_static)
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         """Learn the best constant answer from the training labels.
@@ -105,7 +110,7 @@ class Task:
 
         Not those to a static attribute: the other model has seen the same user's label at other cuts.
         """
-        return self.config.label.attribute is None
+        return not self.is_static
 
     def teach(self, answers: Tensor, share: float) -> None:
         """Learn also from another model's answers: with `share` in place of the labels' losses.

@@ -109,7 +109,7 @@ def build_run(
         if untaught:
             warnings.warn(
                 f"loss.teachers: {', '.join(untaught)}: learnt from labels alone, as rankings and static attributes "
-                f"have no teacher",
+                "have no teacher",
                 stacklevel=2,
             )
     heads = {name: task.head_spec() for name, task in tasks.items()}

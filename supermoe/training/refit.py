@@ -29,8 +29,7 @@ def build_refit(run: Run) -> Run:
 
     Labels of attributes that depend on who is asked (`eligible`) stay at the cuts where they were.
     """
-    told = {name: task.config for name, task in run.tasks.items()}
-    attributes = [name for name, task in told.items() if task.label.attribute is not None and task.eligible is None]
+    attributes = [name for name, task in run.tasks.items() if task.is_static and task.config.eligible is None]
     store = MergedStore(run.store, attributes)
     folder, progress = run.config.run / FOLDER, run.trainer.progress
     return build_run(
