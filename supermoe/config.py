@@ -64,12 +64,24 @@ class Eligible(Config):
 class FeatureConfig(Config):
     """Inputs computed over windows before the cut: SQL aggregates, bags of field values, or both derived."""
 
-    windows: list[Duration] = Field(default_factory=lambda: [7 * 86400, 28 * 86400, 84 * 86400, ALL_TIME], min_length=1)
+    windows: list[Duration] = Field(default_factory=list)  # empty: those that `windows_around` the labels'
     sql: dict[str, str] = Field(default_factory=dict)  # name -> aggregate
     bag: list[str] = Field(default_factory=list)  # fields whose values are counted
     auto: bool = False  # derive aggregates (and bags) from the event fields
     events: list[str] | None = None
     max_bag: int = Field(512, ge=1)  # most frequent values kept per user and bag
+
+
+def windows_around(spans: set[int]) -> list[int]:
+    """Windows of features for labels over so many seconds: what tells the next year is seen over years.
+
+    A quarter of the shortest, each of them, two and four times the longest, and all; 28 days where no label has any.
+    """
+    day = 86_400
+    spans = spans or {28 * day}
+    quarter = min(spans) // 4
+    whole_days = quarter - quarter % day
+    return [*sorted({whole_days or max(quarter, 1), *spans, 2 * max(spans), 4 * max(spans)}), ALL_TIME]
 
 
 class DataConfig(Config):
@@ -251,7 +263,13 @@ class RunConfig(Config):
         for name in [*self.tasks, *self.features]:
             if not name.replace("_", "").isalnum():
                 raise ValueError(f"'{name}': names of tasks and features may hold letters, digits and _ only")
+        for name, group in self.features.items():
+            if group is not None and not group.windows:
+                self.features[name] = group.model_copy(update={"windows": windows_around(self._label_windows())})
         return self
+
+    def _label_windows(self) -> set[int]:
+        return {task.label.window for task in self.tasks.values() if task is not None and task.label.window}
 
     @property
     def store(self) -> Path:

@@ -14,6 +14,7 @@ from supermoe.data.aggregates import (
     bag,
     expand,
     lifetime_aggregates,
+    lifetime_numbers,
     once_per_moment,
     window_aggregates,
 )
@@ -70,6 +71,18 @@ def ids_at(values: Values, row: int) -> list[int]:
     return [int(i) for i in ids if i >= 2]
 
 
+def by_event(history: History, rows: list[int]) -> dict[str, np.ndarray]:
+    """The amounts of each type of event."""
+    types, amounts = history.categories["event"].ids, history.numbers["amount"]
+    return {name: np.array([amounts[r] for r in rows if types[r] == i], float) for i, name in enumerate(NAMES, start=2)}
+
+
+def mean(values: np.ndarray) -> float:
+    """Of what is not NaN."""
+    present = values[~np.isnan(values)]
+    return present.mean() if len(present) else np.nan
+
+
 @pytest.mark.parametrize("window", [WINDOW, ALL_TIME])
 def test_window_aggregates_equal_a_plain_loop(window):
     history = random_history()
@@ -87,8 +100,10 @@ def test_window_aggregates_equal_a_plain_loop(window):
             "moments": len(set(times)) * scale,
             "days": len({t // DAY for t in times}) * scale,
             "sum_amount": np.nansum(amounts) * scale,
-            "mean_amount": np.nanmean(amounts) if (~np.isnan(amounts)).any() else np.nan,
+            "mean_amount": mean(amounts),
             "per_moment_amount": np.nansum(amounts) / len(set(times)) if rows else np.nan,
+            **{f"sum_amount_event={name}": np.nansum(part) * scale for name, part in by_event(history, rows).items()},
+            **{f"mean_amount_event={name}": mean(part) for name, part in by_event(history, rows).items()},
             "distinct_event": len(set(events)),
             "distinct_tags": len({i for r in rows for i in ids_at(history.categories["tags"], r)}),
             **{f"count_event={name}": events.count(i) * scale for i, name in enumerate(NAMES, start=2)},
@@ -131,6 +146,28 @@ def test_lifetime_aggregates_equal_a_plain_loop():
         for name, value in expected.items():
             # the deviation comes from a difference of squares of some tens of days: 1e-6 of it survives
             np.testing.assert_allclose(columns[name][b], value, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_lifetime_numbers_equal_a_plain_loop():
+    history = random_history(1)
+    columns = lifetime_numbers(history)
+    for b in range(len(history.cut_B)):
+        rows = rows_of(history, b, ALL_TIME)
+        amounts = history.numbers["amount"][rows]
+        present = amounts[~np.isnan(amounts)]
+        expected = {
+            "last_amount": present[-1] if len(present) else np.nan,
+            "largest_amount": present.max() if len(present) else np.nan,
+            "std_amount": present.std() if len(present) else np.nan,
+        }
+        for name, part in by_event(history, rows).items():
+            known = part[~np.isnan(part)]
+            expected[f"last_amount_event={name}"] = known[-1] if len(known) else np.nan
+            expected[f"mean_amount_event={name}"] = mean(part)
+        assert columns.keys() == expected.keys()  # tags are lists: a number does not belong to one of their values
+        for name, value in expected.items():
+            # the deviation comes from a difference of squares near one: half of the digits survive
+            np.testing.assert_allclose(columns[name][b], value, rtol=1e-7, atol=1e-7, err_msg=name)
 
 
 def test_weekday_zero_is_monday():

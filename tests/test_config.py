@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import tiny
 
-from supermoe.config import FeatureConfig, MoEConfig, RunConfig, WindowLabel, load_run
-from supermoe.typed_yaml import ALL_TIME, UserError, dump, validate
+from supermoe.config import FeatureConfig, MoEConfig, RunConfig, WindowLabel, load_run, windows_around
+from supermoe.typed_yaml import UserError, dump, format_duration, parse_duration, validate
 
 RAW = tiny.make_config(Path("here")).model_dump(mode="json")
 
@@ -39,11 +39,34 @@ def test_the_store_lies_in_the_run_unless_it_is_named() -> None:
     assert config(data=RAW["data"] | {"store": "shared/store"}).store == Path("shared/store")
 
 
-def test_features_have_four_windows_and_none_are_derived_unless_asked_for() -> None:
-    assert FeatureConfig().windows == [7 * 86400, 28 * 86400, 84 * 86400, ALL_TIME]
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([], "7d 28d 56d 112d all"),
+        (["28d"], "7d 28d 56d 112d all"),
+        (["365d", "365d"], "91d 365d 730d 1460d all"),
+        (["7d", "28d"], "1d 7d 28d 56d 112d all"),
+        (["1h"], "15m 1h 2h 4h all"),
+        (["1s"], "1s 2s 4s all"),
+    ],
+)
+def test_windows_of_features_lie_around_those_of_the_labels(labels: list[str], expected: str) -> None:
+    assert " ".join(map(format_duration, windows_around(set(map(parse_duration, labels))))) == expected
+
+
+def test_groups_without_windows_get_them_from_the_tasks() -> None:
+    churn = {"type": "binary", "label": {"window": "90d", "sql": "false", "empty": True}}
+    features = {"mine": {"sql": {"n": "count(*)"}}, "other": {"windows": ["3d"], "sql": {"n": "count(*)"}}}
+    groups = config(tasks={"churn": churn}, features=features).features
+    found = {name: [format_duration(window) for window in group.windows] for name, group in groups.items()}
+    assert found == {"mine": ["22d", "90d", "180d", "360d", "all"], "other": ["3d"]}
+
+
+def test_no_features_are_derived_unless_asked_for() -> None:
     assert not FeatureConfig().auto
     del (raw := dict(RAW))["features"]
-    assert validate(RunConfig, raw, "test").features == {"auto": FeatureConfig(auto=True)}
+    assert validate(RunConfig, raw, "test").features.keys() == {"auto"}
+    assert validate(RunConfig, raw, "test").features["auto"].auto
 
 
 @pytest.mark.parametrize(

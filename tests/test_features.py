@@ -77,10 +77,10 @@ def test_derived_columns(tmp_path, log, monkeypatch):
     columns = raw_features(tmp_path, log, monkeypatch, auto={"auto": True, "windows": ["4d", "all"]})
     assert columns["auto_events_4d"]["a", "12"] == 1
     assert columns["auto_count_item=tea_all"]["a", "12"] == 2
-    assert columns["auto_count_tags=x_all"]["a", "12"] == 2
-    assert columns["auto_distinct_item_all"]["a", "12"] == 3
     assert columns["auto_since_last_view"]["a", "12"] == 7.5
     assert columns["auto_sum_amount_4d"]["c", "12"] == 64
+    assert columns["auto_sum_amount_event=buy_all"]["a", "12"] == 11
+    assert columns["auto_mean_amount_item=tea"]["a", "12"] == 1.5
     assert "auto_count_item=ale_all" not in columns  # first seen after the last training cut
 
 
@@ -93,8 +93,16 @@ def test_derived_columns_of_some_event_types(tmp_path, log, monkeypatch):
 
 def test_columns_without_information_are_left_out(tmp_path, log, monkeypatch):
     sql = {"one": "1", "n": "count(*)", "none": "sum(NULL::DOUBLE)", "some": "CASE WHEN count(*) > 0 THEN 5 END"}
-    columns = raw_features(tmp_path, log, monkeypatch, f={"windows": ["all"], "sql": sql})
+    columns = raw_features(tmp_path, log, monkeypatch, f={"windows": ["all"], "sql": sql | {"again": "count(*)"}})
     assert list(columns) == ["f_n_all", "f_some_all"]  # `some` is 5 or missing
+
+
+def test_whole_numbers_that_count_are_categories_and_numbers(tmp_path, monkeypatch):
+    rows = [("a", "2024-01-01", 1), ("a", "2024-01-02", 3), ("b", "2024-01-08", 2), ("c", "2024-01-17", 2)]
+    log = staged(tmp_path, frame("user time pieces", *rows))
+    assert log.fields["pieces"].kind == "category"
+    columns = raw_features(tmp_path, log, monkeypatch, auto={"auto": True, "windows": ["all"]})
+    assert columns["auto_sum_pieces_all"]["a", "12"] == 4
 
 
 def test_knots_come_from_training_examples(tmp_path, log):
@@ -199,7 +207,7 @@ def test_serving_computes_the_same_columns(tmp_path, log):
 )
 def test_bad_features_are_refused(tmp_path, log, group, words):
     with pytest.raises(UserError) as refused:
-        write_store(tmp_path / "store", log, SPLITS, {"f": group}, asked=LABEL)
+        write_store(tmp_path / "store", log, SPLITS, {"f": {"windows": ["all"], **group}}, asked=LABEL)
     for word in words:
         assert word in str(refused.value)
 

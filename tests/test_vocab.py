@@ -61,6 +61,25 @@ def test_whole_numbers_near_and_far_get_the_same_ids(known):
     assert vocabulary.encode(chunked(asked)).tolist() == [ids.get(value, 1) for value in asked]
 
 
+def amounts(values, counts):
+    return Vocabulary("x", pa.array(values), np.array(counts)).holds_amounts
+
+
+def test_whole_numbers_hold_amounts_where_neighbours_are_alike():
+    rng = np.random.default_rng(0)
+    pieces = np.arange(1, 61)
+    falling = np.round(5000 * np.exp(-pieces / 9)) + 1
+    order = rng.permutation(60)
+    assert amounts(pieces[order], falling[order])  # a vocabulary comes by frequency, not by value
+    assert not amounts(pieces, rng.permutation(falling))  # ids: 17 says nothing about 18
+    assert not amounts(pieces * 100, falling)  # neighbours are not to be had
+    assert not amounts(pieces, np.ones(60))
+    assert amounts([5, 4, 3, 2, 1], [9, 7, 9, 1, 2])  # stars: so few that counting them does no harm
+    assert not amounts([1, 2], [5, 5])
+    assert not amounts(["1", "2", "3"], [5, 5, 5])
+    assert not Vocabulary("x", hash_size=64).holds_amounts
+
+
 def test_values_of_another_type_are_converted_where_they_can_be():
     numbers = Vocabulary("x", pa.array([10, 20]), np.array([1, 1]))
     assert numbers.encode(chunked(["20", "ten", None, "10"])).tolist() == [3, 1, 0, 2]

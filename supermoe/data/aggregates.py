@@ -7,6 +7,7 @@ sees it), M moments (distinct times of a user).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,6 +18,7 @@ from supermoe.typed_yaml import ALL_TIME, format_duration
 
 DAY = 86_400
 MONTH = 28 * DAY  # counts over all time are given per 28 days, so that they mean the same at every cut
+FEW_VALUES = 8  # numbers are also looked at by the values of fields with so few
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,22 @@ class Window:
 
     def sums(self, values_N: np.ndarray) -> np.ndarray:
         """Sum per example, of its own values only, so that a user's sums are the same in every chunk."""
+        return self._reduce(np.add, values_N, 0.0)
+
+    def largest(self, values_N: np.ndarray) -> np.ndarray:
+        """Largest value per example that is not NaN, NaN where there is none."""
+        return self._reduce(np.fmax, values_N, np.nan)
+
+    def _reduce(self, function: np.ufunc, values_N: np.ndarray, nothing: float) -> np.ndarray:
         if not len(self.begin_B):
             return np.zeros(0)
         ranges = np.stack([self.begin_B, self.end_B], 1).ravel()
-        return np.where(self.end_B > self.begin_B, np.add.reduceat(np.append(values_N, 0.0), ranges)[::2], 0.0)
+        found = function.reduceat(np.append(values_N, nothing), ranges)[::2]
+        return np.where(self.end_B > self.begin_B, found, nothing)
+
+    def mean(self, values_N: np.ndarray) -> np.ndarray:
+        """Mean per example of the values that are not NaN, NaN where there is none."""
+        return ratio(self.sums(np.nan_to_num(values_N)), self.sums((~np.isnan(values_N)).astype(np.float64)))
 
     def distinct(self, history: History, unit: int) -> np.ndarray:
         """Number of seconds (unit 1) or days (unit DAY) with an event, per example."""
@@ -172,8 +186,11 @@ def window_aggregates(history: History, seconds: int, small: int) -> dict[str, n
     for name, values_N in history.numbers.items():
         total = window.sums(np.nan_to_num(values_N))
         columns[f"sum_{name}_{tag}"] = total * scale
-        columns[f"mean_{name}_{tag}"] = ratio(total, window.sums((~np.isnan(values_N)).astype(np.float64)))
+        columns[f"mean_{name}_{tag}"] = window.mean(values_N)
         columns[f"per_moment_{name}_{tag}"] = ratio(total, moments)
+    for name, values_N in _by_value(history, ["event"]):
+        columns[f"sum_{name}_{tag}"] = window.sums(np.nan_to_num(values_N)) * scale
+        columns[f"mean_{name}_{tag}"] = window.mean(values_N)
     for name, values in history.categories.items():
         owner, ids, counts = window.count(values)
         columns[f"distinct_{name}_{tag}"] = np.bincount(owner, minlength=len(scale)).astype(np.float64)
@@ -191,6 +208,44 @@ def _per_month(history: History) -> np.ndarray:
     return MONTH / np.maximum(since_first, MONTH)
 
 
+def _by_value(history: History, fields: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Numbers where a field has one of its values, NaN elsewhere; of fields with few values."""
+    for field in fields:
+        values = history.categories.get(field)
+        if values is None or values.offsets is not None or not 0 < len(values.names) <= FEW_VALUES:
+            continue
+        for index, value in enumerate(values.names):
+            here_N = values.ids == FIRST_ID + index
+            for name, values_N in history.numbers.items():
+                yield f"{name}_{field}={value}", np.where(here_N, values_N, np.nan)
+
+
+def lifetime_numbers(history: History) -> dict[str, np.ndarray]:
+    """Of every number, over all before the cut: last, largest, spread; last and mean by the values of small fields."""
+    window, columns = Window(history.start_B, history.end_B), {}
+    for name, values_N in history.numbers.items():
+        mean, square = window.mean(values_N), window.mean(values_N * values_N)
+        columns[f"last_{name}"] = _last(history, values_N)
+        columns[f"largest_{name}"] = window.largest(values_N)
+        columns[f"std_{name}"] = np.sqrt(np.maximum(square - mean * mean, 0))
+    for name, values_N in _by_value(history, history.categories):
+        columns[f"last_{name}"] = _last(history, values_N)
+        columns[f"mean_{name}"] = window.mean(values_N)
+    return columns
+
+
+def _last(history: History, values_N: np.ndarray) -> np.ndarray:
+    """The latest value that each example sees and that is not NaN, else NaN."""
+    row_B = _last_row(history, ~np.isnan(values_N))
+    return np.where(row_B >= history.start_B, np.append(values_N, np.nan)[row_B], np.nan)
+
+
+def _last_row(history: History, keep_N: np.ndarray) -> np.ndarray:
+    """The last row up to each example's last one for which `keep_N` holds; it may be another user's; -1 without."""
+    rows = np.maximum.accumulate(np.where(keep_N, np.arange(len(keep_N)), -1))
+    return np.append(rows, -1)[history.end_B - 1]
+
+
 def lifetime_aggregates(history: History) -> dict[str, np.ndarray]:
     """Recency, rhythm and calendar over everything before the cut; times in days."""
     start, end = history.start_B, history.end_B
@@ -198,8 +253,7 @@ def lifetime_aggregates(history: History) -> dict[str, np.ndarray]:
     if "event" in history.categories:
         types = history.categories["event"]
         for index, name in enumerate(types.names):
-            here = np.where(types.ids == FIRST_ID + index, np.arange(len(types.ids)), -1)
-            columns[f"since_last_{name}"] = _since(history, np.append(np.maximum.accumulate(here), -1)[end - 1])
+            columns[f"since_last_{name}"] = _since(history, _last_row(history, types.ids == FIRST_ID + index))
     columns |= _rhythm(history, columns["since_last"])
     rows, owner = expand(start, end)
     time = history.time_N[rows]

@@ -17,6 +17,7 @@ from supermoe.data.aggregates import (
     Window,
     bag,
     lifetime_aggregates,
+    lifetime_numbers,
     once_per_moment,
     window_aggregates,
 )
@@ -92,7 +93,7 @@ class Features:
     def finish(self) -> dict[str, np.ndarray]:
         """Fit the knots unless given, write the normalised columns; returns name -> knots of the columns kept.
 
-        Fitted columns that are the same for all training examples are left out: nothing can be learnt from them.
+        Fitted columns that are the same for all training examples, or repeat an earlier one, are left out.
         """
         for writers in self._bag_writers.values():
             for bag_writer in writers:
@@ -116,23 +117,30 @@ class Features:
             yield first, values.reshape(number, width)
 
     def _fit(self) -> dict[str, np.ndarray]:
-        """Knots of the columns that differ among enough of the training examples."""
+        """Knots of the columns that differ among enough of the training examples and from earlier columns."""
         train = np.flatnonzero(np.concatenate([np.zeros(0, bool), *self._train]))
         sample = train[np.linspace(0, max(len(train) - 1, 0), min(len(train), FIT_ROWS)).astype(np.int64)]
         parts = [np.zeros((0, len(self.names)), np.float32)]
         for first, rows in self._blocks():
             parts.append(rows[sample[(sample >= first) & (sample < first + len(rows))] - first])
-        matrix, knots = np.concatenate(parts), {}
+        matrix, knots, seen = np.concatenate(parts), {}, set()
         for index, name in enumerate(self.names):
-            if _varied(matrix[:, index]) >= min(MIN_VARIED_ROWS, MIN_VARIED_SHARE * len(matrix)):
-                knots[name] = quantile_knots(matrix[:, index])
+            values = matrix[:, index].copy()
+            is_new = (content := hash(values.tobytes())) not in seen
+            seen.add(content)
+            if is_new and _varied(values) >= min(MIN_VARIED_ROWS, MIN_VARIED_SHARE * len(values)):
+                knots[name] = quantile_knots(values)
         return knots
 
     def _history(self, chunk: Chunk) -> History:
         """The chunk's events as arrays: ids from the store's columns, numbers from the log."""
         first, end = int(chunk.offsets[0]), int(chunk.offsets[-1])
-        numbers = [name for name, config in self.staged.fields.items() if config.kind == "number"]
-        casts = ", ".join(f"CAST({quote(name)} AS DOUBLE) AS {quote(name)}" for name in numbers)
+        numbers = [
+            name
+            for name, config in self.staged.fields.items()
+            if config.kind == "number" or (config.kind == "category" and self.vocabularies[name].holds_amounts)
+        ]
+        casts = ", ".join(f"TRY_CAST({quote(name)} AS DOUBLE) AS {quote(name)}" for name in numbers)
         log = self._chunk_columns(casts) if numbers else {}
         local = chunk.user_B - chunk.first_user
         start = chunk.offsets[local] - first
@@ -197,7 +205,7 @@ def _derived(history: History, config: FeatureConfig) -> dict[str, np.ndarray]:
     columns: dict[str, np.ndarray] = {}
     for window in config.windows:
         columns |= window_aggregates(history, window, SMALL_VOCABULARY)
-    return columns | lifetime_aggregates(history)
+    return columns | lifetime_aggregates(history) | lifetime_numbers(history)
 
 
 def _bags_of(

@@ -20,6 +20,8 @@ from supermoe.data.sql import quote
 
 NUM_KNOTS = 65
 MAX_TABLE = 2**22  # rows of a table from whole numbers to ids
+FEW_AMOUNTS = 16  # whole numbers: of so few all that follow each other are taken for amounts
+DENSE, SMOOTH = 0.5, 0.85  # of more, if so many follow each other, and frequencies do with such a correlation
 COUNTED_BITS = 20  # whole numbers over a smaller range are counted in an array
 COLUMNS_AT_ONCE = 32  # of the sample that knots are fitted on
 FEATURES = "features.parquet"
@@ -73,6 +75,22 @@ class Vocabulary:
         table[offsets] = np.arange(FIRST_ID, self.size)
         table[-1] = PADDING
         return table
+
+    @cached_property
+    def holds_amounts(self) -> bool:
+        """Whether the values are whole numbers that count or measure something, rather than name it.
+
+        Of amounts, 17 is nearly as frequent as 18; of ids that says nothing. The correlation of log frequencies of
+        neighbours is .90 to .99 for amounts of several logs, at most .75 for their ids.
+        """
+        if self.values is None or self.counts is None or self.values.type != pa.int64() or len(self.values) < 3:
+            return False
+        order = np.argsort(self.values.to_numpy())
+        follows = np.diff(self.values.to_numpy()[order]) == 1
+        log_counts = np.log(self.counts[order])
+        if follows.mean() < DENSE or len(order) < FEW_AMOUNTS:
+            return bool(follows.mean() >= DENSE)
+        return bool(np.ptp(log_counts) > 0 and np.corrcoef(log_counts[:-1], log_counts[1:])[0, 1] >= SMOOTH)
 
     @cached_property
     def _smallest(self) -> np.int64:

@@ -132,7 +132,8 @@ def _overrides(name: str, request: Request, base: RunConfig) -> list[str]:
 def alone(request: Request, base: RunConfig, task: str) -> RunConfig:
     """The same encoder, budget and pre-training for one task only; early stopping follows this task."""
     others = [f"tasks.{name}=null" for name in base.tasks if name != task]
-    return load_run(request.config, [*request.overrides, *others, "loss.balancer=equal", "loss.teachers=null"])
+    config = load_run(request.config, [*request.overrides, *others, "loss.balancer=equal", "loss.teachers=null"])
+    return config.model_copy(update={"features": base.features})  # whose windows may follow from all tasks' labels
 
 
 def _check(store: Store, request: Request, methods: dict[str, RunConfig], source: Any) -> None:
