@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -86,6 +87,24 @@ def test_several_event_types_make_event_a_field(tmp_path):
     assert {name: field.kind for name, field in log.fields.items()} == {"event": "category", "x": "number"}
     assert log.event_types == {"buy": 1, "see": 1}
     assert log.column_types == {"event": "VARCHAR", "x": "DOUBLE"}
+
+
+def test_columns_that_name_what_belongs_to_one_user_are_no_input_unless_listed(tmp_path):
+    number = np.arange(8_000)
+    events = pd.DataFrame(
+        {
+            "user": number % 400,
+            "time": [DAY + dt.timedelta(minutes=int(n)) for n in number],
+            "order": number // 2_000 * 400 + number % 400,  # four names of every user's own
+            "item": [f"i{n % 1999}" for n in number],  # as many, each with four users
+        }
+    )
+    log = staged(tmp_path, Frames(events))
+    assert list(log.fields) == ["item"]
+    assert any("the column 'order' names what belongs to one user" in note for note in log.notes)
+    assert rows(log, "SELECT count(DISTINCT \"order\") FROM log") == [(1_600,)]  # labels may still use it
+    listed = {name: FieldConfig(kind="category") for name in ("order", "item")}
+    assert list(staged(tmp_path, Frames(events), listed).fields) == ["order", "item"]
 
 
 def test_an_empty_log_is_refused_in_training_and_fine_in_serving(tmp_path):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Any
+
+import duckdb
 
 from supermoe.config import FieldConfig
 from supermoe.data.sql import EMPTY, FLOATS, INTEGERS, WIDE_INTEGERS, is_number, quote
@@ -12,6 +15,7 @@ from supermoe.typed_yaml import UserError, nearest
 
 OWN_COLUMNS = ("user", "time", "file_order")  # of a source's events; all others are the log's own
 NULLS = MappingProxyType({"category": "VARCHAR", "categories": "VARCHAR[]", "number": "DOUBLE"})  # their types
+MANY_NAMES, SHARED = 1_000, 1.5  # a name that is seen with fewer users, on the average, is that of a single thing
 NOT_IN_PARQUET = re.compile(r"\b(U?HUGEINT|BIGNUM|BIT|INTERVAL|TIME WITH|UNION|VARIANT)\b")
 
 
@@ -41,6 +45,22 @@ def choose_fields(
                 f"columns in data.fields."
             )
     return fields, notes
+
+
+def names_of_one_user(con: duckdb.DuckDBPyConnection, columns: Iterable[str]) -> list[str]:
+    """Which columns of the view `log` hold names that hardly any two users share, such as those of orders or sessions.
+
+    There is nothing to learn from them for others, and much to compute. Counted approximately, in one scan.
+    """
+    columns = list(columns)
+    counts = [
+        f"approx_count_distinct({quote(name)}), approx_count_distinct(hash(user_row, {quote(name)})) "
+        f"FILTER (WHERE {quote(name)} IS NOT NULL)"
+        for name in columns
+    ]
+    found = con.execute(f"SELECT {', '.join(counts)} FROM log").fetchall()[0] if columns else ()
+    pairs = zip(columns, found[::2], found[1::2], strict=True)
+    return [name for name, names, owned in pairs if names > MANY_NAMES and owned < SHARED * names]
 
 
 def check_kind(name: str, type_name: str, kind: str) -> None:

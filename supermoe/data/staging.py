@@ -11,7 +11,7 @@ from pathlib import Path
 import duckdb
 
 from supermoe.config import DataConfig, FieldConfig
-from supermoe.data.fields import OWN_COLUMNS, check_kind, choose_fields, stored_sql
+from supermoe.data.fields import OWN_COLUMNS, check_kind, choose_fields, names_of_one_user, stored_sql
 from supermoe.data.numerals import suspect
 from supermoe.data.sorting import NUMBERING, sort_log
 from supermoe.data.sql import complaint, quote, text
@@ -72,8 +72,18 @@ def stage(con: duckdb.DuckDBPyConnection, source: SourceTables, config: DataConf
     staged = _stage(con, source, fields, event_types, num_events, scratch, [*source.notes, *notes])
     _check_ids(con, source)
     inferred = [name for name in fields if name not in {*config.fields, "event"}]
-    texts = [name for name in inferred if staged.column_types[name] == "VARCHAR"]
-    return replace(staged, notes=(*staged.notes, *suspect(con, texts)))
+    names = names_of_one_user(con, [name for name in inferred if fields[name].kind == "category"])
+    passed_over = [
+        f"the column '{name}' names what belongs to one user, so it is no input; labels and features may use it in "
+        f"their SQL, and data.fields may list it with all other inputs"
+        for name in names
+    ]
+    texts = [name for name in inferred if name not in names and staged.column_types[name] == "VARCHAR"]
+    return replace(
+        staged,
+        fields={name: field for name, field in fields.items() if name not in names},
+        notes=(*staged.notes, *passed_over, *suspect(con, texts)),
+    )
 
 
 def stage_serving(
