@@ -88,7 +88,7 @@ class DataConfig(Config):
     """From a log to a store."""
 
     source: Annotated[Any, Seat("supermoe.data.sources")]
-    splits: Annotated[Any, Seat("supermoe.data.splits")] = "time"
+    splits: Annotated[Any, Seat("supermoe.data.splits", usual="time")] = "time"
     store: Path | None = None  # folder; default: <run>/store
     fields: dict[str, FieldConfig | None] = Field(default_factory=dict)  # column -> how to read it; empty: infer all
     memory_limit: str = "2GB"  # of DuckDB while preparing

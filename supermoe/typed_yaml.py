@@ -117,10 +117,13 @@ def build(module: str, config: Any, **runtime: Any) -> Any:
 
 
 class Seat:
-    """Annotation of a config value `{type: name, ...}`, which the class named by `type` validates with its `Config`."""
+    """Annotation of a config value `{type: name, ...}`, which the class named by `type` validates with its `Config`.
 
-    def __init__(self, module: str):
-        self.module = module
+    A `usual` type need not be named.
+    """
+
+    def __init__(self, module: str, usual: str | None = None):
+        self.module, self.usual = module, usual
 
     @property
     def wanted(self) -> str:
@@ -133,6 +136,8 @@ class Seat:
             return value
         if isinstance(value, str):
             value = {"type": value}
+        if isinstance(value, Mapping) and self.usual:
+            value = {"type": self.usual, **value}
         if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
             raise ValueError(f"expected {self.wanted}")
         cls: Any = resolve(self.module, value["type"])

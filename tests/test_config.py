@@ -28,6 +28,11 @@ def test_a_kind_alone_is_a_field_and_null_takes_a_column_out() -> None:
     assert fields["value"] is None
 
 
+def test_splits_are_in_time_where_nothing_else_is_said() -> None:
+    splits = config(data=RAW["data"] | {"splits": {"valid": "2024-05-06"}}).data.splits
+    assert (splits.type, splits.valid) == ("time", 1_714_953_600)
+
+
 def test_tasks_and_features_that_are_null_are_left_out() -> None:
     found = config(tasks=RAW["tasks"] | {"spend": None}, features={"counts": None})
     assert set(found.tasks) == set(RAW["tasks"]) - {"spend"}

@@ -40,6 +40,20 @@ def test_automatic_cuts_stop_at_the_limit(tmp_path):
     assert dates(plan(daily(tmp_path, 70), cuts=3).cuts["train"]) == ["2024-02-05", "2024-02-12", "2024-02-19"]
 
 
+@pytest.mark.parametrize(
+    ("days", "expected"),
+    [
+        (400, ["2024-12-10", "2025-01-07", "2025-02-04"]),
+        (35, ["2024-01-30", "2024-02-02", "2024-02-05"]),  # a tenth of the log apart
+        (3, ["2024-01-03T02:24:01", "2024-01-03T07:12:01", "2024-01-03T12:00:01"]),
+    ],
+)
+def test_attributes_alone_are_asked_at_the_end_of_the_data(tmp_path, days, expected):
+    cuts = plan(daily(tmp_path, days), labels={"age": WindowLabel(attribute="age")}).cuts
+    assert dates([cuts["train"][-1], *cuts["valid"], *cuts["test"]]) == expected
+    assert len(cuts["train"]) == 8
+
+
 def test_training_cuts_are_derived_from_a_given_validation_cut(tmp_path):
     cuts = plan(daily(tmp_path, 40), valid="2024-01-29").cuts
     assert dates(cuts["train"]) == ["2024-01-15", "2024-01-22"]

@@ -30,7 +30,7 @@ from supermoe.typed_yaml import (
 
 SPLITS = {"train": 0, "valid": 1, "test": 2, "serve": 3}
 DAY = 86_400
-DEFAULT_SPACING = 28 * DAY  # between automatic cuts when no label has a window
+DEFAULT_SPACING = 28 * DAY  # between cuts
 
 
 class UserFolds(Config):
@@ -106,8 +106,9 @@ class TimeSplit:
     """Cut dates: history strictly before the cut, labels in `[cut, cut + window)`.
 
     Without any date the cuts are derived: the test window ends with the data, validation lies one window before it, and
-    training cuts go back window by window while one window of history is left. Dates that would let one split see
-    another's labels are refused.
+    training cuts go back window by window while one window of history is left. Where all labels are attributes, which
+    have no window, cuts lie 28 days or a tenth of the log apart, the last at its end. Dates that would let one split
+    see another's labels are refused.
     """
 
     class Series(Config):
@@ -152,11 +153,12 @@ class TimeSplit:
         )
 
     def _cuts(self, first: int, last: int, window: int) -> dict[str, list[int]]:
-        config, step = self.config, window or DEFAULT_SPACING
+        config, step = self.config, window or _spacing(first, last)
         valid, test = config.valid, config.test
         if config.train is None and valid is None:
             if test is None:
-                test = (last // DAY + 1) * DAY - step
+                end = (last // DAY + 1) * DAY if step >= DAY else last + 1
+                test = end - window
             valid = test - step
         if config.train is not None:
             train = list(config.train)
@@ -171,6 +173,12 @@ class TimeSplit:
                 )
         cuts = {"train": train}
         return cuts | {name: [cut] for name, cut in (("valid", valid), ("test", test)) if cut is not None}
+
+
+def _spacing(first: int, last: int) -> int:
+    """Seconds between cuts without label windows; whole days where the log is long enough."""
+    step = min(DEFAULT_SPACING, (last + 1 - first) // 10)
+    return max(step - step % DAY or step, 1)
 
 
 def _span(con: duckdb.DuckDBPyConnection) -> tuple[int, int]:
