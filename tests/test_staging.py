@@ -102,7 +102,7 @@ def test_columns_that_name_what_belongs_to_one_user_are_no_input_unless_listed(t
     log = staged(tmp_path, Frames(events))
     assert list(log.fields) == ["item"]
     assert any("the column 'order' names what belongs to one user" in note for note in log.notes)
-    assert rows(log, "SELECT count(DISTINCT \"order\") FROM log") == [(1_600,)]  # labels may still use it
+    assert rows(log, 'SELECT count(DISTINCT "order") FROM log') == [(1_600,)]  # labels may still use it
     listed = {name: FieldConfig(kind="category") for name in ("order", "item")}
     assert list(staged(tmp_path, Frames(events), listed).fields) == ["order", "item"]
 
