@@ -16,13 +16,14 @@ from supermoe.objectives.balancer import Balancer, Step, to_one
 from supermoe.objectives.jacobian_descent import Aligned, CAGrad, Nash, PCGrad, UPGrad
 from supermoe.objectives.seesaw import Seesaw
 from supermoe.objectives.task_weighting import DWA, FAMO, STCH, GradNorm, Uncertainty
-from supermoe.typed_yaml import Config, UserError, nearest
+from supermoe.typed_yaml import Config as BaseConfig
+from supermoe.typed_yaml import UserError, nearest
 
 
 class Equal(Balancer):
     """Every task weighs the same."""
 
-    class Config(Config):
+    class Config(BaseConfig):
         type: str = "equal"
 
     def forward(self, step: Step) -> Tensor:
@@ -32,7 +33,7 @@ class Equal(Balancer):
 class Fixed(Balancer):
     """Weights from the config; a task that is not named weighs 1. Only their proportions matter."""
 
-    class Config(Config):
+    class Config(BaseConfig):
         type: str = "fixed"
         weights: dict[str, float]
 

@@ -20,13 +20,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from supermoe.objectives.balancer import Balancer, Step, to_one
-from supermoe.typed_yaml import Config, UserError, nearest
+from supermoe.typed_yaml import Config as BaseConfig
+from supermoe.typed_yaml import UserError, nearest
 
 
 class Seesaw(Balancer):
     """Weights that follow each task's regret against a model of its own."""
 
-    class Config(Config):
+    class Config(BaseConfig):
         type: str = "seesaw"
         reference: Path  # JSON file {task: gain of a model of its own}, which supermoe.seesaw leaves
         temperature: float = Field(0.005, gt=0)  # so far behind, a task weighs e times as much
