@@ -114,6 +114,14 @@ class Window:
         """Sum per example, of its own values only, so that a user's sums are the same in every chunk."""
         return self._reduce(np.add, values_N, 0.0)
 
+    def total_and_mean(self, values_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(sum, mean) per example of the values that are not NaN; a mean of none is NaN."""
+        is_known = ~np.isnan(values_N)
+        if not is_known.any():
+            return np.zeros(len(self.begin_B)), np.full(len(self.begin_B), np.nan)
+        total, before = self.sums(np.where(is_known, values_N, 0.0)), np.concatenate([[0], np.cumsum(is_known)])
+        return total, ratio(total, before[self.end_B] - before[self.begin_B])
+
     def largest(self, values_N: np.ndarray) -> np.ndarray:
         """Largest value per example that is not NaN, NaN where there is none."""
         return self._reduce(np.fmax, values_N, np.nan)
@@ -124,10 +132,6 @@ class Window:
         ranges = np.stack([self.begin_B, self.end_B], 1).ravel()
         found = function.reduceat(np.append(values_N, nothing), ranges)[::2]
         return np.where(self.end_B > self.begin_B, found, nothing)
-
-    def mean(self, values_N: np.ndarray) -> np.ndarray:
-        """Mean per example of the values that are not NaN, NaN where there is none."""
-        return ratio(self.sums(np.nan_to_num(values_N)), self.sums((~np.isnan(values_N)).astype(np.float64)))
 
     def distinct(self, history: History, unit: int) -> np.ndarray:
         """Number of seconds (unit 1) or days (unit DAY) with an event, per example."""
@@ -184,13 +188,12 @@ def window_aggregates(history: History, seconds: int, small: int) -> dict[str, n
         f"days_{tag}": window.distinct(history, DAY) * scale,
     }
     for name, values_N in history.numbers.items():
-        total = window.sums(np.nan_to_num(values_N))
+        total, columns[f"mean_{name}_{tag}"] = window.total_and_mean(values_N)
         columns[f"sum_{name}_{tag}"] = total * scale
-        columns[f"mean_{name}_{tag}"] = window.mean(values_N)
         columns[f"per_moment_{name}_{tag}"] = ratio(total, moments)
     for name, values_N in _by_value(history, ["event"]):
-        columns[f"sum_{name}_{tag}"] = window.sums(np.nan_to_num(values_N)) * scale
-        columns[f"mean_{name}_{tag}"] = window.mean(values_N)
+        total, columns[f"mean_{name}_{tag}"] = window.total_and_mean(values_N)
+        columns[f"sum_{name}_{tag}"] = total * scale
     for name, values in history.categories.items():
         owner, ids, counts = window.count(values)
         columns[f"distinct_{name}_{tag}"] = np.bincount(owner, minlength=len(scale)).astype(np.float64)
@@ -224,13 +227,13 @@ def lifetime_numbers(history: History) -> dict[str, np.ndarray]:
     """Of every number, over all before the cut: last, largest, spread; last and mean by the values of small fields."""
     window, columns = Window(history.start_B, history.end_B), {}
     for name, values_N in history.numbers.items():
-        mean, square = window.mean(values_N), window.mean(values_N * values_N)
+        mean, square = (window.total_and_mean(powers_N)[1] for powers_N in (values_N, values_N * values_N))
         columns[f"last_{name}"] = _last(history, values_N)
         columns[f"largest_{name}"] = window.largest(values_N)
         columns[f"std_{name}"] = np.sqrt(np.maximum(square - mean * mean, 0))
     for name, values_N in _by_value(history, history.categories):
         columns[f"last_{name}"] = _last(history, values_N)
-        columns[f"mean_{name}"] = window.mean(values_N)
+        columns[f"mean_{name}"] = window.total_and_mean(values_N)[1]
     return columns
 
 
