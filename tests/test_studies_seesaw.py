@@ -48,6 +48,18 @@ def result() -> dict:
     return json.loads(Path("run/seesaw/seesaw.json").read_text())
 
 
+def test_a_task_alone_has_the_features_of_all_together(finished: Path, tmp_path: Path) -> None:
+    raw = yaml.safe_load((finished / "config.yaml").read_text())
+    raw["features"] = {"counts": {"sql": {"n": "count(*)"}}}  # windows follow the labels'
+    raw["tasks"]["churn"]["label"]["window"] = "7d"
+    (file := tmp_path / "two.yaml").write_text(yaml.safe_dump(raw))
+    base = load_run(file)
+    types = seesaw.alone(seesaw.Request(file), base, "types")
+    assert list(types.tasks) == ["types"]
+    assert types.features == base.features
+    assert load_run(file, ["tasks.churn=null"]).features != base.features
+
+
 def test_the_report_is_complete(inside: Path) -> None:
     found = result()
     assert list(found["methods"]) == ["equal", "seesaw", "shared_bottom", "slow"]
