@@ -20,9 +20,9 @@ def hours(*numbers):
     return [DAY + dt.timedelta(hours=n) for n in numbers]
 
 
-def staged(tmp_path, source, fields=None):
+def staged(tmp_path, source, fields=None, wanted=()):
     con = connect("200MB", 1, tmp_path)
-    return stage(con, source.attach(con), DataConfig.model_construct(fields=fields or {}), tmp_path)
+    return stage(con, source.attach(con), DataConfig.model_construct(fields=fields or {}), tmp_path, wanted)
 
 
 def rows(log, sql):
@@ -103,6 +103,7 @@ def test_columns_that_name_what_belongs_to_one_user_are_no_input_unless_listed(t
     assert list(log.fields) == ["item"]
     assert any("the column 'order' names what belongs to one user" in note for note in log.notes)
     assert rows(log, 'SELECT count(DISTINCT "order") FROM log') == [(1_600,)]  # labels may still use it
+    assert list(staged(tmp_path, Frames(events), wanted=["order"]).fields) == ["order", "item"]
     listed = {name: FieldConfig(kind="category") for name in ("order", "item")}
     assert list(staged(tmp_path, Frames(events), listed).fields) == ["order", "item"]
 

@@ -37,7 +37,7 @@ def prepare(config: RunConfig, source: Any = None) -> Store:
     features: dict[str, Any] = dict(config.features)
     with writing(config.store), StoreWriter(config.store) as writer:
         with closing(staging.connect(config.data.memory_limit, config.data.threads, writer.scratch)) as con:
-            staged = staging.stage(con, source.attach(con), config.data, writer.scratch)
+            staged = staging.stage(con, source.attach(con), config.data, writer.scratch, _named_fields(config))
             labels = {name: task.label for name, task in tasks.items()}
             plan = build("supermoe.data.splits", config.data.splits).plan(con, labels)
             vocabularies = vocab.fit(con, staged.fields, plan.training_sql)
@@ -91,6 +91,15 @@ def prepare_serving(
             )
         served = schema.model_copy(update={"labels": {}})
         return writer.finish(served, "", examples.summary)
+
+
+def _named_fields(config: RunConfig) -> set[str]:
+    """Fields that labels are about, that are counted in bags, or that pre-training predicts."""
+    tasks: dict[str, Any] = dict(config.tasks)
+    named = {field for task in tasks.values() for field in (task.label.field, task.label.next) if field}
+    named |= {field for group in config.features.values() if group for field in group.bag}
+    objectives = [item for item in (config.loss.pretraining or {}).values() if item is not None]
+    return named | {field for item in objectives for field in getattr(item, "fields", [])}
 
 
 def _schema(

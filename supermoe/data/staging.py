@@ -5,6 +5,7 @@ Sorting is DuckDB's (`supermoe/data/sorting.py`); nothing is ever gathered into 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,8 +62,17 @@ def connect(memory_limit: str, threads: int | None, scratch: Path) -> duckdb.Duc
     return con
 
 
-def stage(con: duckdb.DuckDBPyConnection, source: SourceTables, config: DataConfig, scratch: Path) -> Staged:
-    """Sort the events of `source` and number its users; a `UserError` for an unknown field and for an empty log."""
+def stage(
+    con: duckdb.DuckDBPyConnection,
+    source: SourceTables,
+    config: DataConfig,
+    scratch: Path,
+    wanted: Collection[str] = (),
+) -> Staged:
+    """Sort the events of `source` and number its users; a `UserError` for an unknown field and for an empty log.
+
+    `wanted`: columns that are inputs whatever they hold, as tasks, features or objectives name them.
+    """
     event_types, num_events = _count(con, source.events)
     if not event_types:
         raise UserError("data.source: the events hold no rows; check the files and the `where` conditions.")
@@ -72,7 +82,8 @@ def stage(con: duckdb.DuckDBPyConnection, source: SourceTables, config: DataConf
     staged = _stage(con, source, fields, event_types, num_events, scratch, [*source.notes, *notes])
     _check_ids(con, source)
     inferred = [name for name in fields if name not in {*config.fields, "event"}]
-    names = names_of_one_user(con, [name for name in inferred if fields[name].kind == "category"])
+    unasked = [name for name in inferred if name not in wanted and fields[name].kind == "category"]
+    names = names_of_one_user(con, unasked)
     passed_over = [
         f"the column '{name}' names what belongs to one user, so it is no input; labels and features may use it in "
         f"their SQL, and data.fields may list it with all other inputs"
