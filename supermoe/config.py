@@ -75,13 +75,15 @@ class FeatureConfig(Config):
 def windows_around(spans: set[int]) -> list[int]:
     """Windows of features for labels over so many seconds: what tells the next year is seen over years.
 
-    A quarter of the shortest, each of them, two and four times the longest, and all; 28 days where no label has any.
+    A quarter of the shortest, each of them, two and four times the longest, and all; a week and four weeks where these
+    are longer, as people live by them; 28 days where no label has any.
     """
     day = 86_400
     spans = spans or {28 * day}
-    quarter = min(spans) // 4
+    quarter, longest = min(spans) // 4, 4 * max(spans)
     whole_days = quarter - quarter % day
-    return [*sorted({whole_days or max(quarter, 1), *spans, 2 * max(spans), 4 * max(spans)}), ALL_TIME]
+    weeks = {span for span in (7 * day, 28 * day) if span > longest}
+    return [*sorted({whole_days or max(quarter, 1), *spans, longest // 2, longest, *weeks}), ALL_TIME]
 
 
 class DataConfig(Config):

@@ -51,8 +51,9 @@ def test_the_store_lies_in_the_run_unless_it_is_named() -> None:
         (["28d"], "7d 28d 56d 112d all"),
         (["365d", "365d"], "91d 365d 730d 1460d all"),
         (["7d", "28d"], "1d 7d 28d 56d 112d all"),
-        (["1h"], "15m 1h 2h 4h all"),
-        (["1s"], "1s 2s 4s all"),
+        (["5d"], "1d 5d 10d 20d 28d all"),
+        (["1h"], "15m 1h 2h 4h 7d 28d all"),
+        (["1s"], "1s 2s 4s 7d 28d all"),
     ],
 )
 def test_windows_of_features_lie_around_those_of_the_labels(labels: list[str], expected: str) -> None:
