@@ -24,7 +24,8 @@ SPLITS = time_split(train=["2024-01-08", "2024-01-15"], valid="2024-01-22")
 
 
 def test_every_chunk_size_gives_the_same_store(tmp_path, log, monkeypatch):
-    groups = {"auto": {"auto": True, "windows": ["4d", "all"]}, "f": {"sql": {"gap": "avg(gap_days)"}, "bag": ["item"]}}
+    declared = {"windows": ["7d", "28d"], "sql": {"gap": "avg(gap_days)"}, "bag": ["item"]}
+    groups = {"auto": {"auto": True, "windows": ["4d", "all"]}, "f": declared}
     label = task("set", {"window": "7d", "sql": "list(item)", "empty": []})
     whole = write_store(tmp_path / "whole", log, SPLITS, groups, asked=label)
     monkeypatch.setattr(module, "EVENTS", 30)
