@@ -230,7 +230,7 @@ def lifetime_numbers(history: History) -> dict[str, np.ndarray]:
         mean, square = (window.total_and_mean(powers_N)[1] for powers_N in (values_N, values_N * values_N))
         columns[f"last_{name}"] = _last(history, values_N)
         columns[f"largest_{name}"] = window.largest(values_N)
-        columns[f"std_{name}"] = np.sqrt(np.maximum(square - mean * mean, 0))
+        columns[f"std_{name}"] = _deviation(mean, square)
     for name, values_N in _by_value(history, history.categories):
         columns[f"last_{name}"] = _last(history, values_N)
         columns[f"mean_{name}"] = window.total_and_mean(values_N)[1]
@@ -279,10 +279,15 @@ def _rhythm(history: History, since_last_B: np.ndarray) -> dict[str, np.ndarray]
     square = ratio(gaps.sums(gap_M * gap_M), number)
     return {
         "gap_mean": mean,
-        "gap_std": np.sqrt(np.maximum(square - mean * mean, 0)),
+        "gap_std": _deviation(mean, square),
         "gap_last": np.where(number > 0, np.append(gap_M, 0.0)[gaps.end_B - 1], np.nan),
         "since_last_per_gap": since_last_B / np.maximum(mean, 0.1),
     }
+
+
+def _deviation(mean: np.ndarray, square: np.ndarray) -> np.ndarray:
+    """Standard deviation from the means of values and of their squares."""
+    return np.sqrt(np.maximum(square - mean * mean, 0))
 
 
 def _since(history: History, row_B: np.ndarray) -> np.ndarray:

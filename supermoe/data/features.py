@@ -125,7 +125,7 @@ class Features:
             parts.append(rows[sample[(sample >= first) & (sample < first + len(rows))] - first])
         matrix, knots, seen = np.concatenate(parts), {}, set()
         for index, name in enumerate(self.names):
-            values = matrix[:, index].copy()
+            values = matrix[:, index]
             is_new = (content := hash(values.tobytes())) not in seen
             seen.add(content)
             if is_new and _varied(values) >= min(MIN_VARIED_ROWS, MIN_VARIED_SHARE * len(values)):
