@@ -138,6 +138,8 @@ class ModelConfig(Config):
     feature_dropout: float = Field(0.4, ge=0, lt=1)  # in the network of declared features and bags
     feature_layers: int = Field(2, ge=0)  # residual blocks of that network
     bag_dim: int = Field(64, ge=1)  # width of a bag's table, before it enters the feature network
+    # leading directions of all numbers among the features, and as many of all bags, that a user's vector holds besides
+    profile_dim: int = Field(64, ge=0)
     number_bins: int = Field(8, ge=2)  # knots of the piecewise-linear number encoding
     task_gradient: float = Field(0.1, ge=0, le=1)  # share of the tasks' gradient that reaches the history
     readout: Annotated[Any, Seat("supermoe.model.readouts")] = "indicator"

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from tiny import CUT, make_log, make_users
+from tiny import CUT, VECTOR, make_log, make_users
 
 from supermoe.serving.artifact import Artifact
 from supermoe.serving.embedder import Embedder
@@ -46,7 +46,7 @@ def test_the_frame_that_comes_back(everyone: pd.DataFrame, embedder: Embedder) -
     assert set(everyone["model_id"]) == {embedder.model_id}
     assert not everyone["is_cold"].any()
     assert vectors(everyone).dtype == np.float32
-    assert vectors(everyone).shape == (len(expected), 16)
+    assert vectors(everyone).shape == (len(expected), VECTOR)
     distance = np.linalg.norm(vectors(everyone)[0] - vectors(everyone)[1:], axis=1)
     assert distance.min() > 1e-3
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import CUT, make_log, make_model_folder
+from tiny import CUT, VECTOR, make_log, make_model_folder
 
 from supermoe import export
 from supermoe.serving import publication
@@ -39,7 +39,7 @@ def test_the_table_keeps_its_contract(out: Path) -> None:
     table = read(out)
     assert table.schema.types == [
         pa.string(),
-        pa.list_(pa.float32(), 16),
+        pa.list_(pa.float32(), VECTOR),
         pa.timestamp("us", tz="UTC"),
         pa.timestamp("us", tz="UTC"),
         pa.int64(),
@@ -53,7 +53,7 @@ def test_the_table_keeps_its_contract(out: Path) -> None:
 def test_the_manifest_is_true(out: Path, model_folder: Path) -> None:
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["model_id"], manifest["as_of"]) == (Artifact.load(model_folder).model_id, CUT)
-    assert (manifest["complete"], manifest["rows"], manifest["dim"]) == (True, read(out).num_rows, 16)
+    assert (manifest["complete"], manifest["rows"], manifest["dim"]) == (True, read(out).num_rows, VECTOR)
     assert [part["rows"] for part in manifest["parts"]] == [20, manifest["rows"] - 20]  # rows_per_part: 20
     for part in manifest["parts"]:
         assert sha256(out / part["file"]) == part["sha256"]
@@ -84,7 +84,7 @@ def test_half_precision(out: Path, model_folder: Path, tmp_path: Path) -> None:
     artifact = dataclasses.replace(artifact, config=artifact.config.model_copy(update={"export": half}))
     export.export(artifact, Request(open_source(artifact), parse_instant(CUT)), tmp_path)
     table = read(tmp_path)
-    assert table.schema.field("embedding").type == pa.list_(pa.float16(), 16)
+    assert table.schema.field("embedding").type == pa.list_(pa.float16(), VECTOR)
     found = np.stack(table["embedding"].to_numpy()).astype(np.float32)
     np.testing.assert_allclose(found, np.stack(read(out)["embedding"].to_numpy()), rtol=1e-3, atol=1e-3)  # 11 bits
 

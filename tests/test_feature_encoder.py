@@ -63,7 +63,7 @@ def test_without_features_the_vector_is_zero_and_there_is_no_network() -> None:
     features = encoder(make_batch(schema=schema))
     assert features.vector_BD.tolist() == [[0.0] * 8] * 5
     assert features.hidden_BF.shape == (5, encoder.hidden_dim) == (5, 0)
-    assert features.direct_BX.shape == (5, encoder.direct_dim) == (5, 0)
+    assert features.direct_BX.shape == (5, sum(encoder.direct_dims)) == (5, 0)
     assert list(encoder.parameters()) == []
 
 
@@ -83,7 +83,7 @@ def test_direct_inputs_are_numbers_and_the_longest_bag_of_every_field_as_they_ar
     encoder, batch = FeatureEncoder(make_schema(), CONFIG), make_batch()
     num_features, longest = len(make_schema().features), encoder.bags["type_all"](batch.bags["type_all"])
     direct_BX = encoder(batch).direct_BX  # in training: they are not dropped out
-    numbers_BP, bags_BX = direct_BX.split([num_features, encoder.direct_dim - num_features], dim=1)
+    numbers_BP, bags_BX = direct_BX.split([num_features, sum(encoder.direct_dims) - num_features], dim=1)
     weight = math.log(encoder.bags["type_all"].table_VD.shape[0], LARGE)
     assert torch.equal(bags_BX[:, : longest.shape[1]], weight * longest)
     deviate_BP = torch.special.ndtri(batch.features_BP.nan_to_num(0.5).clamp(TAIL, 1 - TAIL))

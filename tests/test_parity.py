@@ -10,7 +10,7 @@ from supermoe.serving.parity import deviation, probe_batch, probe_embeddings
 
 def make_model(seed: int) -> SuperMoE:
     torch.manual_seed(seed)
-    return SuperMoE(make_schema(), ModelConfig(dim=16, layers=2), {})
+    return SuperMoE(make_schema(), ModelConfig(dim=16, layers=2, profile_dim=0), {})
 
 
 def test_probes_are_the_same_every_time_and_use_every_input() -> None:

@@ -104,7 +104,14 @@ def test_outputs_of_events_are_made_only_for_heads_that_read_them() -> None:
     ours, theirs = few(batch), full(batch)
     assert ours.event_ND is None
     torch.testing.assert_close(ours.task_BX["next_type"], theirs.task_BX["next_type"], **EXACT)
-    torch.testing.assert_close(full.embed(batch), theirs.user_BD, **EXACT)
+
+
+def test_a_users_vector_is_the_answer_and_the_profile_of_the_features() -> None:
+    model, batch = make_model(), make_batch()
+    answer_BD, profile_BP = model.embed(batch).split([16, model.embedding_dim - 16], dim=1)
+    torch.testing.assert_close(answer_BD, model(batch).user_BD, **EXACT)
+    torch.testing.assert_close(profile_BP, model.profile(model.indicators.features(batch).direct_BX), **EXACT)
+    assert make_model(profile_dim=0).embed(batch).shape == (5, 16)
 
 
 @pytest.mark.parametrize("known", [[0, 0, 0, 0, 0], [3, 4, 1, 0, 0], [7, 0, 2, 1, 0]])

@@ -41,7 +41,7 @@ def test_a_run_is_complete(trained_run: Path) -> None:
     assert config.run == trained_run
     embeddings = pd.read_parquet(trained_run / "embeddings" / "part-00000.parquet")
     assert len(embeddings) == 20
-    assert embeddings["embedding"].iloc[0].shape == (config.model.dim,)
+    assert embeddings["embedding"].iloc[0].shape == (tiny.VECTOR,)
     assert (embeddings["last_event_time"] < embeddings["as_of"]).all()
     model = Artifact.load(trained_run / "model")
     assert model.states["spend"]["std"] > 0

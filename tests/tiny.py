@@ -17,6 +17,8 @@ from supermoe.serving.card import CardFacts
 from supermoe.typed_yaml import build, validate
 
 CUT = "2020-12-01"
+DIM = 16  # of the model
+VECTOR = DIM + 4 + 4  # of a user: with the directions of the numbers and of the bags
 SEGMENTS = ["gold", "silver"]
 
 
@@ -83,7 +85,7 @@ def make_config(folder: Path) -> RunConfig:
             },
             "segment": {"type": "multiclass", "label": {"attribute": "segment"}},
         },
-        "model": {"dim": 16, "layers": 2, "max_events": 32, "moe": {"experts": 4}},
+        "model": {"dim": DIM, "profile_dim": 4, "layers": 2, "max_events": 32, "moe": {"experts": 4}},
         "export": {"rows_per_part": 20},
     }
     return validate(RunConfig, raw, "test")

@@ -113,7 +113,7 @@ class FeatureEncoder(nn.Module):
         self.register_buffer("scale_I", torch.ones(num_encoded))
         num_inputs = num_encoded + len(inputs) * self.bag_dim
         self.hidden_dim = 4 * config.dim if num_inputs else 0
-        self.direct_dim = len(schema.features) + len(self.lifetime) * self.bag_dim
+        self.direct_dims = [len(schema.features), len(self.lifetime) * self.bag_dim]
         self.network = self._network(num_inputs, config.feature_layers) if num_inputs else None
         self.project = nn.Linear(self.hidden_dim, config.dim) if num_inputs else None
 
@@ -122,14 +122,17 @@ class FeatureEncoder(nn.Module):
         if self.network is None or self.project is None:
             nothing = torch.zeros(batch.num_examples, self.dim, device=batch.read_B.device)
             return Features(nothing, nothing[:, :0], nothing[:, :0])
-        bags = [bag(batch.bags[name]) for name, bag in self.bags.items()]
-        numbers = encode_numbers(batch.features_BP.to(self.center_I.dtype), self.bins)
-        numbers = (numbers - self.center_I) * self.scale_I
-        inputs = torch.cat([numbers, *bags], dim=1)
-        hidden_BF = self.network(ops.dropout(inputs, self.dropout, self.training))
-        return Features(self.project(hidden_BF), hidden_BF, self._direct(numbers, bags))
+        numbers_BI, bags = self.inputs(batch.features_BP, batch.bags)
+        input_BI = torch.cat([numbers_BI, *bags], dim=1)
+        hidden_BF = self.network(ops.dropout(input_BI, self.dropout, self.training))
+        return Features(self.project(hidden_BF), hidden_BF, self.direct(numbers_BI, bags))
 
-    def _direct(self, numbers_BI: Tensor, bags: list[Tensor]) -> Tensor:
+    def inputs(self, features_BP: Tensor, bags: dict[str, Jagged]) -> tuple[Tensor, list[Tensor]]:
+        """Numbers, encoded and standardised, and each bag's vectors."""
+        numbers_BI = encode_numbers(features_BP.to(self.center_I.dtype), self.bins)
+        return (numbers_BI - self.center_I) * self.scale_I, [bag(bags[name]) for name, bag in self.bags.items()]
+
+    def direct(self, numbers_BI: Tensor, bags: list[Tensor]) -> Tensor:
         """Scaled for a linear head under one penalty: a bag counts by the log of its vocabulary, for fields with few
         values tell few users apart; the deviates of all numbers together count as half a bag."""
         deviates_BP = numbers_BI[:, :: self.bins + 2]

@@ -17,6 +17,7 @@ from supermoe.model.heads import NEARNESS, FieldHead, HeadSpec, LinearHead, Next
 from supermoe.model.indicators import USER, Indicators
 from supermoe.model.moe import Experts, MoE
 from supermoe.model.named import ByName
+from supermoe.model.profile import Profile
 from supermoe.typed_yaml import UserError, build
 
 
@@ -52,15 +53,26 @@ class SuperMoE(nn.Module):
         if USER in self.readout.questions:
             raise UserError(f"tasks.{USER}: this name belongs to the user's own indicator; give the task another one.")
         self.indicators = Indicators(schema, config, [USER, *self.readout.questions])
+        self.profile = Profile(self.indicators.features.direct_dims, config.profile_dim)
         self.heads = ByName({name: self._head(spec, schema) for name, spec in heads.items()})
 
     def forward(self, batch: Batch) -> Output:
         """Read the histories and ask every question about every example."""
         return self.ask(self.extend(batch), batch)
 
+    @property
+    def embedding_dim(self) -> int:
+        """Numbers in a user's vector."""
+        return self.config.dim + sum(self.profile.widths)
+
     def embed(self, batch: Batch) -> Tensor:
-        """The vectors of users at their cuts -> user_BD, as `forward` gives them; nothing else is asked."""
-        return self._answers(self.extend(batch, outputs=False), batch, [USER])[0].squeeze(0)
+        """The vectors of users at their cuts -> [B, embedding_dim]; no task is asked.
+
+        The answer to `user`, as `forward` gives it, holds what the tasks need; behind it the profile of the features
+        serves what no task has asked.
+        """
+        answer_QBD, features, _ = self._answers(self.extend(batch, outputs=False), batch, [USER])
+        return torch.cat([answer_QBD.squeeze(0), self.profile(features.direct_BX)], dim=1)
 
     def extend(self, batch: Batch, past: History | None = None, outputs: bool | None = None) -> History:
         """Read a batch's events, behind the `past` of the same reads where there is one.
@@ -111,7 +123,7 @@ class SuperMoE(nn.Module):
         width = self.readout.width + (0 if spec.direct else features.hidden_dim)
         bags = [name for name, bag in schema.bags.items() if bag.field == spec.field]
         if spec.kind == "linear":
-            direct_dim = features.direct_dim if spec.direct else 0
+            direct_dim = sum(features.direct_dims) if spec.direct else 0
             return LinearHead(width, spec.size, bags, dropout, spec.ids, direct_dim)
         assert spec.field is not None, "a head of kind 'field' names its field"
         table = self.embedding.tables[spec.field]

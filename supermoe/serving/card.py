@@ -25,7 +25,7 @@ def render(model_id: str, model: SuperMoE, config: RunConfig, schema: Schema, fa
     """The card as Markdown."""
     sections = [
         f"# User model {model_id}",
-        f"A mixture-of-experts encoder of user histories: one vector of {config.model.dim} numbers per user, and "
+        f"A mixture-of-experts encoder of user histories: one vector of {model.embedding_dim} numbers per user, and "
         f"answers to {len(config.tasks)} tasks. {model.num_parameters():,} parameters, "
         f"{model.num_parameters(active=True):,} active per token.",
         "## Trained on",

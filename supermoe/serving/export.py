@@ -24,7 +24,7 @@ def export(artifact: Artifact, request: Request, out: Path) -> Path:
         "model_id": artifact.model_id,
         "as_of": format_instant(request.as_of),
         "dtype": dtype,
-        "dim": artifact.config.model.dim,
+        "dim": artifact.model.embedding_dim,
     }
     publication = Publication(out, identity, request.shard, request.shards)
     with serving_store(artifact, request, out) as store:

@@ -42,8 +42,8 @@ def serving_batches(artifact: Artifact, store: Store) -> Iterator[Batch]:
 
 
 def embeddings(artifact: Artifact, store: Store) -> np.ndarray:
-    """The `user` vectors of a serving store in the order of its examples, that is, by user id -> float32 [n, D]."""
-    found = np.zeros((len(store.examples.cut), artifact.config.model.dim), np.float32)
+    """The vectors of a serving store in the order of its examples, that is, by user id -> float32 [n, D]."""
+    found = np.zeros((len(store.examples.cut), artifact.model.embedding_dim), np.float32)
     for batch in serving_batches(artifact, store):
         found[batch.example_B.numpy()] = artifact.model.embed(batch).float().numpy()
     return found

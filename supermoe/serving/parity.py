@@ -67,9 +67,9 @@ def _lists(count: int, size: int) -> Jagged:
 
 @torch.inference_mode()
 def probe_embeddings(model: SuperMoE, schema: Schema, max_events: int) -> Tensor:
-    """The `user` vectors of histories of `LENGTHS` events -> fp32 [4, D]."""
+    """The vectors of histories of `LENGTHS` events -> fp32 [4, D]."""
     model.eval()
-    return model(probe_batch(schema, [min(n, max_events) for n in LENGTHS])).user_BD.float()
+    return model.embed(probe_batch(schema, [min(n, max_events) for n in LENGTHS])).float()
 
 
 def deviation(found_BD: Tensor, expected_BD: Tensor) -> float:

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from supermoe.data.batches import ranges
+from supermoe.data.batches import gather_lists, ranges
 from supermoe.data.schema import FIRST_ID
 from supermoe.data.store import SPLITS, IdLists, Store
+from supermoe.model.feature_encoder import FeatureEncoder
 
 MAX_EXAMPLES = 50_000  # enough to fix a few hundred directions; keeps the matrix in memory
+CHUNK = 4096  # of them at once
 MAX_EVENTS = 1_000_000  # likewise, to place the values of the largest vocabularies
 MIN_EVENTS, EVENTS_PER_VALUE = 100_000, 100  # to place those of small ones
 NEAR = 5  # events between which values count as neighbours
@@ -33,6 +35,8 @@ def warm_start(model: Any, store: Store, seed: int) -> None:
         matrix_VD, idf_V = fit_bag(store.bags[name], train, store.schema.bags[name].size, encoder.bag_dim, generator)
         encoder.init_bag(name, matrix_VD, idf_V)
     encoder.init_numbers(torch.from_numpy(np.asarray(store.features)[train]))
+    chunks = np.split(train, range(CHUNK, len(train), CHUNK))
+    model.profile.fit((_direct(encoder, store, chunk) for chunk in chunks), square_norm=encoder.dim)
     rows, read_N = _visible_events(store, seed)
     for name in model.embedding.categories:
         weight_VD = model.embedding.tables[name].weight
@@ -40,6 +44,12 @@ def warm_start(model: Any, store: Store, seed: int) -> None:
             enough = max(MIN_EVENTS, EVENTS_PER_VALUE * len(weight_VD))
             ids_N = torch.from_numpy(store.columns[name][rows[:enough]].astype(np.int64))
             weight_VD.data += neighbour_vectors(ids_N, read_N[:enough], tuple(weight_VD.shape), generator)
+
+
+def _direct(encoder: FeatureEncoder, store: Store, examples: np.ndarray) -> Tensor:
+    """The features of some examples as heads of static attributes read them."""
+    bags = {name: gather_lists(store.bags[name], examples) for name in encoder.bags}
+    return encoder.direct(*encoder.inputs(torch.from_numpy(np.asarray(store.features)[examples]), bags))
 
 
 def _visible_events(store: Store, seed: int) -> tuple[np.ndarray, Tensor]:
