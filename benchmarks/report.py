@@ -64,12 +64,20 @@ def attention(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
+def embeddings(result: dict[str, Any]) -> list[list[str]]:
+    """Test metric of linear models on each contender's inputs, by task held out."""
+    contenders = list(result["rows"][0]["values"])
+    lines = [["task held out", *contenders]]
+    return lines + [[row["task"], *(f"{row[which]:.3f}" for which in contenders)] for row in result["rows"]]
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "quickstart": quickstart,
     "complete_journey": complete_journey,
     "train_step": train_step,
     "moe_layer": moe_layer,
     "attention": attention,
+    "embeddings": embeddings,
 }
 # of a seesaw study, named seesaw_<study>__<part>
 SEESAW = {"methods": method_rows, "metrics": metric_rows, "gains": gain_rows, "optimal": optimal_rows}

@@ -168,7 +168,7 @@ class LossConfig(Config):
 class TrainingConfig(Config):
     """The loop."""
 
-    epochs: int | None = Field(None, ge=1)  # None: 6, or 30 where a task learns from every event; large logs get fewer
+    epochs: int | None = Field(None, ge=1)  # None: 6, 30 where a task learns from events; see `build.num_epochs`
     max_steps: int | None = Field(None, ge=1)  # ends earlier than `epochs`
     max_minutes: float | None = Field(None, gt=0)  # wall-clock stop, refit included; not bit-reproducible
     tokens_per_batch: int = Field(8192, ge=1)  # events of one micro-batch

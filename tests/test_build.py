@@ -86,8 +86,11 @@ def test_the_config_names_the_back_end(config: RunConfig, store: Store) -> None:
     assert "forced" not in ops.backends()["reference"]
 
 
-@pytest.mark.parametrize(("tasks", "epochs"), [(["churn"], 6), (["churn", "item"], 30)])
-def test_a_run_is_as_long_as_its_tasks_need(config: RunConfig, store: Store, tasks: list[str], epochs: int) -> None:
+@pytest.mark.parametrize(("tasks", "few", "epochs"), [(["churn"], 1, 6), (["churn"], 9, 9), (["churn", "item"], 1, 30)])
+def test_a_run_is_as_long_as_its_tasks_need(
+    config: RunConfig, store: Store, tasks: list[str], few: int, epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "FEW_EXAMPLES", few * len(store.rows_of("train")))
     kept = {name: config.tasks[name] for name in tasks}
     training = config.training.model_copy(update={"epochs": None})
     trainer = build_run(config.model_copy(update={"tasks": kept, "training": training}), store).trainer

@@ -89,6 +89,25 @@ def test_several_event_types_make_event_a_field(tmp_path):
     assert log.column_types == {"event": "VARCHAR", "x": "DOUBLE"}
 
 
+def test_names_kept_as_floating_point_numbers_are_categories(tmp_path):
+    """As pandas makes them of whole numbers some of which are missing."""
+    values = {
+        "item_id": [7.0, None, 9.0],
+        "shop": [1.0, None, 2.0],
+        "price": [3.0, None, 4.0],
+        "weight_id": [0.5, 1.0, 2.0],
+    }
+    events = pd.DataFrame({"user": [1, 1, 2], "time": hours(0, 1, 2), **values})
+    log = staged(tmp_path, Frames(events), wanted=["shop"])
+    kinds = {name: field.kind for name, field in log.fields.items()}
+    assert kinds == {"item_id": "category", "shop": "category", "price": "number", "weight_id": "number"}
+    assert log.column_types["item_id"] == log.column_types["shop"] == "BIGINT"
+    assert rows(log, "SELECT item_id, shop FROM log ORDER BY row") == [(7, 1), (None, None), (9, 2)]
+    assert any("the column 'item_id' names things" in note for note in log.notes)
+    listed = staged(tmp_path, Frames(events), {"price": FieldConfig(kind="category")})
+    assert (list(listed.fields), listed.column_types["price"]) == (["price"], "BIGINT")
+
+
 def test_columns_that_name_what_belongs_to_one_user_are_no_input_unless_listed(tmp_path):
     number = np.arange(8_000)
     events = pd.DataFrame(

@@ -61,8 +61,8 @@ def test_whole_numbers_near_and_far_get_the_same_ids(known):
     assert vocabulary.encode(chunked(asked)).tolist() == [ids.get(value, 1) for value in asked]
 
 
-def amounts(values, counts):
-    return Vocabulary("x", pa.array(values), np.array(counts)).holds_amounts
+def amounts(values, counts, name="x"):
+    return Vocabulary(name, pa.array(values), np.array(counts)).holds_amounts
 
 
 def test_whole_numbers_hold_amounts_where_neighbours_are_alike():
@@ -73,6 +73,8 @@ def test_whole_numbers_hold_amounts_where_neighbours_are_alike():
     assert amounts(pieces[order], falling[order])  # a vocabulary comes by frequency, not by value
     assert not amounts(pieces, rng.permutation(falling))  # ids: 17 says nothing about 18
     assert not amounts(pieces * 100, falling)  # neighbours are not to be had
+    assert amounts(pieces * 100, falling, "price_cents")  # unless the name says so
+    assert not amounts(pieces, falling, "shop_id")
     assert not amounts(pieces, np.ones(60))
     assert amounts([5, 4, 3, 2, 1], [9, 7, 9, 1, 2])  # stars: so few that counting them does no harm
     assert not amounts([1, 2], [5, 5])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import MappingProxyType
 from typing import Any
 
 import duckdb
 
 from supermoe.config import FieldConfig
+from supermoe.data.naming import names_something
 from supermoe.data.sql import EMPTY, FLOATS, INTEGERS, WIDE_INTEGERS, is_number, quote
 from supermoe.typed_yaml import UserError, nearest
 
@@ -61,6 +62,28 @@ def names_of_one_user(con: duckdb.DuckDBPyConnection, columns: Iterable[str]) ->
     found = con.execute(f"SELECT {', '.join(counts)} FROM log").fetchall()[0] if columns else ()
     pairs = zip(columns, found[::2], found[1::2], strict=True)
     return [name for name, names, owned in pairs if names > MANY_NAMES and owned < SHARED * names]
+
+
+def whole_names(
+    con: duckdb.DuckDBPyConnection,
+    events: str,
+    declared: dict[str, FieldConfig | None],
+    types: dict[str, str],
+    wanted: Collection[str],
+) -> list[str]:
+    """Floating-point columns of whole numbers that are names, such as ids that may be missing and went through pandas.
+
+    Names are the declared categories; where no fields are declared, `wanted` columns and what is called like names.
+    """
+    names = {name for name, field in declared.items() if field is not None and field.kind == "category"}
+    if not any(declared.values()):
+        names = {name for name in types if name in wanted or names_something(name)}
+    floats = [name for name, kind in types.items() if name in names and kind in FLOATS and name not in OWN_COLUMNS]
+    whole = [
+        f"bool_and(abs({x}) < 1e15 AND {x} = trunc({x})) FILTER (WHERE NOT isnan({x}))" for x in map(quote, floats)
+    ]
+    found = con.execute(f"SELECT {', '.join(whole)} FROM {quote(events)}").fetchall()[0] if whole else ()
+    return [name for name, is_whole in zip(floats, found, strict=True) if is_whole]
 
 
 def check_kind(name: str, type_name: str, kind: str) -> None:

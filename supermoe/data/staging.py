@@ -12,7 +12,7 @@ from pathlib import Path
 import duckdb
 
 from supermoe.config import DataConfig, FieldConfig
-from supermoe.data.fields import OWN_COLUMNS, check_kind, choose_fields, names_of_one_user, stored_sql
+from supermoe.data.fields import OWN_COLUMNS, check_kind, choose_fields, names_of_one_user, stored_sql, whole_names
 from supermoe.data.numerals import suspect
 from supermoe.data.sorting import NUMBERING, sort_log
 from supermoe.data.sql import complaint, quote, text
@@ -76,7 +76,13 @@ def stage(
     event_types, num_events = _count(con, source.events)
     if not event_types:
         raise UserError("data.source: the events hold no rows; check the files and the `where` conditions.")
+    whole = whole_names(con, source.events, config.fields, _types(con, source.events), wanted)
+    if whole:
+        casts = ", ".join(f"TRY_CAST({quote(name)} AS BIGINT) AS {quote(name)}" for name in whole)
+        con.execute(f"CREATE TEMP VIEW whole_events AS SELECT * REPLACE ({casts}) FROM {quote(source.events)}")
+        source = replace(source, events="whole_events")
     fields, notes = choose_fields(config.fields, _types(con, source.events), len(event_types))
+    notes += [f"the column '{name}' names things by whole numbers, kept as floating-point ones" for name in whole]
     if source.num_null_users:
         notes.append(f"{source.num_null_users} rows without a user were left out (drop_null_users)")
     staged = _stage(con, source, fields, event_types, num_events, scratch, [*source.notes, *notes])

@@ -36,7 +36,8 @@ from supermoe.typed_yaml import UserError, build
 
 EPOCHS_OF_EXAMPLES = 6  # features start where hand-made ones are: later epochs learn examples by heart
 EPOCHS_OF_EVENTS = 30  # the values of fields are learnt along with what follows what
-ENOUGH_EXAMPLES = 1_000_000  # to see: large logs need fewer epochs
+FEW_EXAMPLES = 100_000  # to see, some 200 steps: small logs need more epochs, up to those of events
+ENOUGH_EXAMPLES = 1_000_000  # likewise: large logs need fewer
 ENOUGH_EVENTS = 50_000_000
 
 
@@ -167,7 +168,9 @@ def num_epochs(config: RunConfig, heads: dict[str, HeadSpec], store: Store) -> i
         return config.training.epochs
     if any(heads[name].reads_events for name in config.tasks):
         return min(EPOCHS_OF_EVENTS, 1 + ENOUGH_EVENTS // store.summary["events"])
-    return min(EPOCHS_OF_EXAMPLES, 1 + ENOUGH_EXAMPLES // len(store.rows_of("train")))
+    examples = len(store.prepared.rows_of("train"))  # a refit has more, and is as long
+    most = max(EPOCHS_OF_EXAMPLES, min(EPOCHS_OF_EVENTS, FEW_EXAMPLES // examples))
+    return min(most, 1 + ENOUGH_EXAMPLES // examples)
 
 
 def choose_backend(name: str | None) -> None:
