@@ -50,14 +50,15 @@ def vectors(artifact: Artifact, cut: int) -> dict[str, np.ndarray]:
     """Of every user of the log before a cut, in the order of their ids: each contender's inputs, and who they are."""
     model = artifact.model
     with serving_store(artifact, Request(open_source(artifact), cut), everyone=True) as store:
-        found = {"user": store.users["user"].to_numpy()}
-        for batch in serving_batches(artifact, store):
-            vector_BD, features = model.embed(batch), model.indicators.features(batch)
-            made = {"vector": vector_BD, "answer": vector_BD[:, : model.config.dim], "features": features.direct_BX}
-            for name, x_BX in made.items():
-                whole = found.setdefault(name, np.zeros((len(found["user"]), x_BX.shape[1]), np.float32))
-                whole[batch.example_B.numpy()] = x_BX.numpy()
-    return found
+        users = store.users["user"].to_numpy()
+        batches = [
+            (batch.example_B, model.embed(batch), model.indicators.features(batch).direct_BX)
+            for batch in serving_batches(artifact, store)
+        ]
+    example, vector, features = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    order = example.argsort()
+    vector, features = vector[order].numpy(), features[order].numpy()
+    return {"user": users, "vector": vector, "answer": vector[:, : model.config.dim], "features": features}
 
 
 def labelled(store: Store, name: str, splits: list[str], static: bool) -> np.ndarray:

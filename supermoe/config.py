@@ -138,7 +138,7 @@ class ModelConfig(Config):
     feature_dropout: float = Field(0.4, ge=0, lt=1)  # in the network of declared features and bags
     feature_layers: int = Field(2, ge=0)  # residual blocks of that network
     bag_dim: int = Field(64, ge=1)  # width of a bag's table, before it enters the feature network
-    # leading directions of all numbers among the features, and as many of all bags, that a user's vector holds besides
+    # a user's vector also holds so many leading directions of the features' numbers, and so many of the lifetime bags
     profile_dim: int = Field(64, ge=0)
     number_bins: int = Field(8, ge=2)  # knots of the piecewise-linear number encoding
     task_gradient: float = Field(0.1, ge=0, le=1)  # share of the tasks' gradient that reaches the history
@@ -168,7 +168,7 @@ class LossConfig(Config):
 class TrainingConfig(Config):
     """The loop."""
 
-    epochs: int | None = Field(None, ge=1)  # None: 6, 30 where a task learns from events; see `build.num_epochs`
+    epochs: int | None = Field(None, ge=1)  # None: by tasks and examples, see `build.num_epochs`
     max_steps: int | None = Field(None, ge=1)  # ends earlier than `epochs`
     max_minutes: float | None = Field(None, gt=0)  # wall-clock stop, refit included; not bit-reproducible
     tokens_per_batch: int = Field(8192, ge=1)  # events of one micro-batch

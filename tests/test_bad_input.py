@@ -207,7 +207,7 @@ STORED: list[Case] = [
      replace("run/store/schema.json", "value", "values")),
     ("truncated mark", EVALUATE, "run/store/fingerprint.json is not valid JSON",
      truncate("run/store/fingerprint.json")),
-    ("store of another version", EVALUATE, "run/store: store format 99, this version of supermoe reads 1; delete",
+    ("store of another version", EVALUATE, "run/store: store format 99, this version of supermoe reads 2; delete",
      mark("run/store/fingerprint.json", version=99)),
     ("no store", EVALUATE, "run/store: there is no store here; run `python -m supermoe.prepare", remove("run/store")),
     ("no run", "evaluate nothing", "nothing: there are no trained weights here; give the `run` folder"),

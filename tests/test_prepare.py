@@ -115,6 +115,7 @@ def test_a_damaged_store_is_made_anew(folder, capsys):
         "features.money.windows=[7d]",
         "tasks.active.label.window=7d",
         "tasks.active.eligible={window: 7d}",
+        "loss.pretraining={again: {type: next_event, fields: [colour]}}",
     ],
 )
 def test_all_that_decides_the_content_is_in_the_fingerprint(folder, override):

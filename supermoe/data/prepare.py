@@ -130,6 +130,7 @@ def fingerprint(config: RunConfig, source: Any) -> str:
         tasks[name] = [task.label_kind, task.model_dump(mode="json", include={"label", "eligible"})]
     features = config.model_dump(mode="json", include={"features"})["features"]
     parts = {"version": FORMAT_VERSION, "data": data, "tasks": tasks, "features": features, "source": content}
+    parts["named"] = sorted(_named_fields(config))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -29,7 +29,7 @@ from supermoe.data.schema import Schema
 from supermoe.data.splits import SPLITS
 from supermoe.typed_yaml import UserError, validate
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of the files, and of the rules by which features and fields are derived
 UTC = pa.timestamp("us", tz="UTC")
 REMEDY = "delete the folder and prepare it again with `python -m supermoe.prepare --config ...`"
 

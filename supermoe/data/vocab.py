@@ -87,8 +87,10 @@ class Vocabulary:
         """
         if self.values is None or self.counts is None or self.values.type != pa.int64() or len(self.values) < 3:
             return False
-        if names_something(self.name) or measures_something(self.name):
-            return measures_something(self.name)
+        if measures_something(self.name):
+            return True
+        if names_something(self.name):
+            return False
         order = np.argsort(self.values.to_numpy())
         follows = np.diff(self.values.to_numpy()[order]) == 1
         log_counts = np.log(self.counts[order])
