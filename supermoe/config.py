@@ -45,7 +45,10 @@ class WindowLabel(Config):
     def _one_question(self) -> WindowLabel:
         given = [name for name in ("sql", "attribute", "next") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a label needs exactly one of sql, attribute, next (got {', '.join(given) or 'none'})")
+            raise ValueError(
+                "a label needs exactly one of `sql: AGGREGATE`, `attribute: COLUMN` of the users table, and "
+                f"`next: FIELD`, the field's value in the next event (got {', '.join(given) or 'none'})"
+            )
         if self.sql is not None and self.window is None:
             raise ValueError("a label with sql needs a window, for example window: 28d")
         if self.window == ALL_TIME:

@@ -78,7 +78,7 @@ def test_no_features_are_derived_unless_asked_for() -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ({}, r"exactly one of sql, attribute, next \(got none\)"),
+        ({}, r"exactly one of `sql: AGGREGATE`.*next event \(got none\)"),
         ({"sql": "count(*)", "next": "type", "window": "7d"}, r"exactly one .* \(got sql, next\)"),
         ({"sql": "count(*)"}, "a label with sql needs a window"),
         ({"sql": "count(*)", "window": "all"}, "a label window must end"),

@@ -56,7 +56,7 @@ def test_the_template_fits_a_log_of_its_shape(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert store.path == Path("runs/own_log/store")
     assert store.schema.event_types == ["order", "view"]
-    assert list(store.schema.labels) == ["reorder", "refund", "spend", "brands", "next_basket", "segment"]
+    assert list(store.schema.labels) == ["reorder", "refund", "spend", "brands", "next_basket", "next_item", "segment"]
     assert store.summary["examples"].keys() == {"train", "valid"}  # no test cut
     assert {name.split("_")[0] for name in store.schema.features} == {"auto", "baskets"}
     assert "baskets_brand_28d" in store.schema.bags

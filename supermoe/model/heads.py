@@ -16,7 +16,7 @@ from supermoe.data.schema import FIRST_ID
 from supermoe.model.embedding import Table
 from supermoe.model.packed import read_of_events
 
-DIRECT_PRIOR = 400.0  # users' worth of evidence that a direct input must overcome to leave zero
+DIRECT_PRIOR = 400.0  # users' worth of evidence that a weight must overcome to leave zero
 READ_PRIOR = 10_000.0  # labelled users that make what was learnt as trustworthy as the fixed direct inputs
 NEARNESS = 0.5  # scale of an event's query at the start
 PRIOR_COUNTS = 60.0  # counts that a field head's prior is worth beside a user's own
@@ -115,6 +115,7 @@ class LinearHead(nn.Module):
         self.copy = CopyTerm(width, size, bags, 0.0, ids) if bags else None
         self.direct_CX = nn.Parameter(torch.zeros(size, direct_dim)) if direct_dim else None
         self.dropout = dropout
+        self.direct_prior = DIRECT_PRIOR  # of the direct inputs' weights; `linear_start` chooses it
 
     def logits(self, x_BX: Tensor, batch: Batch) -> Tensor:
         """Read-outs x_BX of the batch's examples -> logits_BC."""
@@ -133,7 +134,8 @@ class LinearHead(nn.Module):
         if self.direct_CX is None:
             return 0.0
         doubt = 1 + READ_PRIOR / num_users
-        return DIRECT_PRIOR / num_users * (self.direct_CX.square().sum() + doubt * self.weight.square().sum())
+        of_direct = self.direct_prior * self.direct_CX.square().sum()
+        return (of_direct + DIRECT_PRIOR * doubt * self.weight.square().sum()) / num_users
 
 
 class FieldHead(nn.Module):

@@ -26,12 +26,13 @@ from supermoe.objectives.objective import Objective
 from supermoe.objectives.pretraining import NextEvent
 from supermoe.objectives.task import Task, asked
 from supermoe.training.evaluation import Evaluation, evaluate
+from supermoe.training.linear_start import fit_direct
 from supermoe.training.router_health import EVENT
 from supermoe.training.seeding import seed_everything
 from supermoe.training.sharded_weights import load_weights
 from supermoe.training.teachers import teach
 from supermoe.training.trainer import RETRAIN, Trainer
-from supermoe.training.warm_start import warm_start
+from supermoe.training.warm_start import direct_inputs, warm_start
 from supermoe.typed_yaml import UserError, build
 
 EPOCHS_OF_EXAMPLES = 6  # features start where hand-made ones are: later epochs learn examples by heart
@@ -129,6 +130,8 @@ def build_run(
     warm_start(model, store, config.seed)
     for name, task in tasks.items():
         task.init_head(model.heads[name])
+        if heads[name].direct:
+            fit_direct(model.heads[name], task, store, lambda rows: direct_inputs(model, store, rows), config.seed)
     for objective in pretraining.values():
         objective.init_heads(model.heads)
     model = model.to(world.device)

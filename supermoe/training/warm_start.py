@@ -36,7 +36,7 @@ def warm_start(model: Any, store: Store, seed: int) -> None:
         encoder.init_bag(name, matrix_VD, idf_V)
     encoder.init_numbers(torch.from_numpy(np.asarray(store.features)[train]))
     chunks = np.split(train, range(CHUNK, len(train), CHUNK))
-    model.profile.fit((_direct(encoder, store, chunk) for chunk in chunks), square_norm=encoder.dim)
+    model.profile.fit((direct_inputs(model, store, chunk) for chunk in chunks), square_norm=encoder.dim)
     rows, read_N = _visible_events(store, seed)
     for name in model.embedding.categories:
         weight_VD = model.embedding.tables[name].weight
@@ -46,8 +46,9 @@ def warm_start(model: Any, store: Store, seed: int) -> None:
             weight_VD.data += neighbour_vectors(ids_N, read_N[:enough], tuple(weight_VD.shape), generator)
 
 
-def _direct(encoder: FeatureEncoder, store: Store, examples: np.ndarray) -> Tensor:
+def direct_inputs(model: Any, store: Store, examples: np.ndarray) -> Tensor:
     """The features of some examples as heads of static attributes read them."""
+    encoder: FeatureEncoder = model.indicators.features
     bags = {name: gather_lists(store.bags[name], examples) for name in encoder.bags}
     return encoder.direct(*encoder.inputs(torch.from_numpy(np.asarray(store.features)[examples]), bags))
 
