@@ -138,7 +138,7 @@ class ModelConfig(Config):
     moe: MoEConfig = Field(default_factory=lambda: MoEConfig())
     dropout: float = Field(0.3, ge=0, lt=1)
     head_dropout: float = Field(0.5, ge=0, lt=1)  # on what a task's head reads
-    feature_dropout: float = Field(0.4, ge=0, lt=1)  # in the network of declared features and bags
+    feature_dropout: float = Field(0.4, ge=0, lt=1)  # in the network of declared features and bags; a quarter on inputs
     feature_layers: int = Field(2, ge=0)  # residual blocks of that network
     bag_dim: int = Field(64, ge=1)  # width of a bag's table, before it enters the feature network
     # a user's vector also holds so many leading directions of the features' numbers, and so many of the lifetime bags

@@ -16,6 +16,7 @@ from supermoe.data.schema import Schema
 from supermoe.model.named import ByName
 from supermoe.model.packed import read_of_events
 
+INPUT_SHARE = 0.25  # of the network's dropout, on its inputs: a task may hang on a single one of them
 LARGE = 1000  # values of a field whose bag counts once in what the heads of static attributes read
 MIN_SPREAD = 0.3  # of a feature's deviates: rare values of an almost constant feature must not become huge
 TAIL = 1e-3  # shares nearer to 0 and 1 than this are moved here before they are turned into normal deviates
@@ -124,7 +125,7 @@ class FeatureEncoder(nn.Module):
             return Features(nothing, nothing[:, :0], nothing[:, :0])
         numbers_BI, bags = self.inputs(batch.features_BP, batch.bags)
         input_BI = torch.cat([numbers_BI, *bags], dim=1)
-        hidden_BF = self.network(ops.dropout(input_BI, self.dropout, self.training))
+        hidden_BF = self.network(ops.dropout(input_BI, INPUT_SHARE * self.dropout, self.training))
         return Features(self.project(hidden_BF), hidden_BF, self.direct(numbers_BI, bags))
 
     def inputs(self, features_BP: Tensor, bags: dict[str, Jagged]) -> tuple[Tensor, list[Tensor]]:
