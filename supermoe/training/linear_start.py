@@ -18,6 +18,7 @@ PRIORS = (1600.0, 400.0, 100.0, 25.0, 6.0, 1.5)  # users' worth of evidence that
 FOLDS = 5  # of users, to choose among them
 MAX_USERS = 20_000  # enough for a few hundred weights; keeps their inputs in memory
 ITERATIONS = 20  # towards each prior, from what was best under a stronger one; four times as many for the last fit
+TOLERANCE = 1e-4  # largest entry of a gradient; at the prior they are some 0.1
 
 
 def fit_direct(head: Any, task: Task, store: Store, inputs: Callable[[np.ndarray], Tensor], seed: int) -> None:
@@ -29,6 +30,15 @@ def fit_direct(head: Any, task: Task, store: Store, inputs: Callable[[np.ndarray
     Args:
         inputs: examples of the store -> what the head reads directly, [n, X].
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of small steps: threads would wait for each other
+    try:
+        _fit_direct(head, task, store, inputs, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fit_direct(head: Any, task: Task, store: Store, inputs: Callable[[np.ndarray], Tensor], seed: int) -> None:
     examples = _last_of_users(task, store)
     if len(examples) > MAX_USERS:
         examples = np.sort(np.random.default_rng(seed).choice(examples, MAX_USERS, replace=False))
@@ -71,7 +81,8 @@ def _fit(
 ) -> Tensor:
     """argmin of the known' mean loss + penalty * |weights|^2, by L-BFGS; the bias, the last column, is free."""
     weight_CX = start_CX.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weight_CX], max_iter=iterations, line_search_fn="strong_wolfe")
+    options: dict[str, Any] = {"tolerance_grad": TOLERANCE, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([weight_CX], max_iter=iterations, **options)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
