@@ -34,14 +34,16 @@ def x(examples: SimpleNamespace) -> Tensor:
     return x_NX
 
 
-def fit(examples: SimpleNamespace, x: Tensor, label_U: np.ndarray) -> tuple[LinearHead, object]:
+def fit(
+    examples: SimpleNamespace, x: Tensor, label_U: np.ndarray, direct_dim: int = INPUTS
+) -> tuple[LinearHead, object]:
     label = label_U[examples.user].astype(np.float32)
     rows = np.flatnonzero(examples.split == SPLITS["train"])
     store = SimpleNamespace(examples=examples, labels={"y": label}, rows_of=lambda split: rows)
     task = make_task("binary", "y", label=LabelSchema(kind="number"))
     task.fit_prior(torch.from_numpy(label[rows]))
     task.num_users = int((~np.isnan(label_U)).sum())
-    head = LinearHead(4, 1, [], dropout=0, direct_dim=INPUTS)
+    head = LinearHead(4, 1, [], dropout=0, direct_dim=direct_dim)
     task.init_head(head)
     fit_direct(head, task, store, lambda examples: x[examples], seed=0)
     return head, task
@@ -84,3 +86,16 @@ def test_a_head_without_anything_to_learn_stays_at_the_prior(examples: SimpleNam
     assert (head.direct_CX == 0).all()
     assert head.direct_prior == DIRECT_PRIOR
     assert head.bias.item() == pytest.approx(torch.logit(task.prior).item())
+
+
+def test_a_log_without_features_keeps_the_prior(examples: SimpleNamespace, x: Tensor) -> None:
+    head, task = fit(examples, x, labels(x, examples, strength=8.0), direct_dim=0)
+    assert head.bias.item() == pytest.approx(torch.logit(task.prior).item())
+
+
+def test_two_labels_are_enough_to_start_from(examples: SimpleNamespace, x: Tensor) -> None:
+    label_U = np.full(USERS, np.nan)
+    label_U[[0, 5]] = [0, 1]
+    head, _ = fit(examples, x, label_U)
+    assert head.direct_CX.isfinite().all()
+    assert head.direct_prior in PRIORS

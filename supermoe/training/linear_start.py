@@ -30,6 +30,8 @@ def fit_direct(head: Any, task: Task, store: Store, inputs: Callable[[np.ndarray
     Args:
         inputs: examples of the store -> what the head reads directly, [n, X].
     """
+    if head.direct_CX is None:  # neither features nor bags
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # thousands of small steps: threads would wait for each other
     try:
@@ -51,7 +53,7 @@ def _fit_direct(head: Any, task: Task, store: Store, inputs: Callable[[np.ndarra
     def losses(weight_CX: Tensor) -> Tensor:
         return task.losses(F.linear(x_NX, weight_CX), labels)
 
-    fold_N = torch.from_numpy(np.asarray(store.examples.user)[examples] % FOLDS)
+    fold_N = torch.arange(len(examples)) % FOLDS
     known = [fold_N != fold for fold in range(FOLDS)]
     fits, least = [start_CX] * FOLDS, float("inf")
     for prior in PRIORS:
@@ -79,7 +81,7 @@ def _last_of_users(task: Task, store: Store) -> np.ndarray:
 def _fit(
     losses: Callable[[Tensor], Tensor], known_N: Tensor, penalty: float, start_CX: Tensor, iterations: int = ITERATIONS
 ) -> Tensor:
-    """argmin of the known' mean loss + penalty * |weights|^2, by L-BFGS; the bias, the last column, is free."""
+    """argmin of the mean loss of the known + penalty * |weights|^2, by L-BFGS; the last column, a bias, is free."""
     weight_CX = start_CX.clone().requires_grad_()
     options: dict[str, Any] = {"tolerance_grad": TOLERANCE, "line_search_fn": "strong_wolfe"}
     optimizer = torch.optim.LBFGS([weight_CX], max_iter=iterations, **options)
