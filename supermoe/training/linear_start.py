@@ -13,6 +13,7 @@ from torch import Tensor
 from supermoe.data.batches import label_rows
 from supermoe.data.store import Store
 from supermoe.objectives.task import Task, asked
+from supermoe.training.warm_start import at_most
 
 PRIORS = (1600.0, 400.0, 100.0, 25.0, 6.0, 1.5)  # users' worth of evidence that a weight must overcome, strongest first
 FOLDS = 5  # of users, to choose among them
@@ -41,9 +42,7 @@ def fit_direct(head: Any, task: Task, store: Store, inputs: Callable[[np.ndarray
 
 
 def _fit_direct(head: Any, task: Task, store: Store, inputs: Callable[[np.ndarray], Tensor], seed: int) -> None:
-    examples = _last_of_users(task, store)
-    if len(examples) > MAX_USERS:
-        examples = np.sort(np.random.default_rng(seed).choice(examples, MAX_USERS, replace=False))
+    examples = at_most(MAX_USERS, _last_of_users(task, store), seed)
     labels = label_rows(store.labels[task.name], examples)
     if task.undefined(labels):
         return

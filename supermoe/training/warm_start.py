@@ -26,9 +26,7 @@ def warm_start(model: Any, store: Store, seed: int) -> None:
 
     Tables whose rows lie on several ranks start at random.
     """
-    train = np.flatnonzero(np.asarray(store.examples.split) == SPLITS["train"])
-    if len(train) > MAX_EXAMPLES:
-        train = np.sort(np.random.default_rng(seed).choice(train, MAX_EXAMPLES, replace=False))
+    train = at_most(MAX_EXAMPLES, np.flatnonzero(np.asarray(store.examples.split) == SPLITS["train"]), seed)
     generator = torch.Generator().manual_seed(seed)
     encoder = model.indicators.features
     for name in encoder.bags:
@@ -44,6 +42,11 @@ def warm_start(model: Any, store: Store, seed: int) -> None:
             enough = max(MIN_EVENTS, EVENTS_PER_VALUE * len(weight_VD))
             ids_N = torch.from_numpy(store.columns[name][rows[:enough]].astype(np.int64))
             weight_VD.data += neighbour_vectors(ids_N, read_N[:enough], tuple(weight_VD.shape), generator)
+
+
+def at_most(count: int, rows: np.ndarray, seed: int) -> np.ndarray:
+    """The rows, or so many of them at random, in their order."""
+    return rows if len(rows) <= count else np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
 
 
 def direct_inputs(model: Any, store: Store, examples: np.ndarray) -> Tensor:
