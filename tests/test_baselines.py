@@ -77,3 +77,11 @@ def test_nothing_to_learn_from_is_the_users_to_mend(store: SimpleNamespace, monk
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UserError, match=r"needs scikit-learn: pip install 'supermoe\[report\]'"):
         metrics(store)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_feature_that_no_labelled_example_has_is_left_out(store: SimpleNamespace) -> None:
+    expected = metrics(store)
+    tested_only = np.where(np.arange(SIZE) < 400, np.nan, 1.0).astype(np.float32)
+    store.features = np.column_stack([store.features, tested_only])
+    assert metrics(store) == expected

@@ -28,7 +28,7 @@ class Features:
 
     vector_BD: Tensor  # zero where no features are declared
     hidden_BF: Tensor  # the network's last layer but one
-    direct_BX: Tensor  # numbers, and every field's bag over the longest window, as they are
+    direct_BX: Tensor  # numbers, every field's bag over the longest window, and the numbers' bins, as they are
 
 
 def encode_numbers(features_BP: Tensor, bins: int) -> Tensor:
@@ -114,7 +114,7 @@ class FeatureEncoder(nn.Module):
         self.register_buffer("scale_I", torch.ones(num_encoded))
         num_inputs = num_encoded + len(inputs) * self.bag_dim
         self.hidden_dim = 4 * config.dim if num_inputs else 0
-        self.direct_dims = [len(schema.features), len(self.lifetime) * self.bag_dim]
+        self.direct_dims = [len(schema.features), len(self.lifetime) * self.bag_dim, len(schema.features) * self.bins]
         self.network = self._network(num_inputs, config.feature_layers) if num_inputs else None
         self.project = nn.Linear(self.hidden_dim, config.dim) if num_inputs else None
 
@@ -135,10 +135,12 @@ class FeatureEncoder(nn.Module):
 
     def direct(self, numbers_BI: Tensor, bags: list[Tensor]) -> Tensor:
         """Scaled for a linear head under one penalty: a bag counts by the log of its vocabulary, for fields with few
-        values tell few users apart; the deviates of all numbers together count as half a bag."""
-        deviates_BP = numbers_BI[:, :: self.bins + 2]
-        scale = 0.5 * math.sqrt(self.bag_dim / max(1, deviates_BP.shape[1]))
-        return torch.cat([scale * deviates_BP, *(weight * bags[i] for i, weight in self.lifetime)], dim=1)
+        values tell few users apart; the deviates of all numbers together count as half a bag, and so, twofold, do
+        their bins, which tell the middle of a number from both of its ends."""
+        deviates_BP1, bins_BPK, _ = numbers_BI.unflatten(1, (-1, self.bins + 2)).split([1, self.bins, 1], dim=2)
+        scale = 0.5 * math.sqrt(self.bag_dim / max(1, deviates_BP1.shape[1]))
+        weighted = [weight * bags[i] for i, weight in self.lifetime]
+        return torch.cat([scale * deviates_BP1.flatten(1), *weighted, 2 * scale * bins_BPK.flatten(1)], dim=1)
 
     @torch.no_grad()
     def init_numbers(self, features_BP: Tensor) -> None:

@@ -25,15 +25,16 @@ class Profile(nn.Module):
         self.register_buffer("matrix_XP", torch.block_diag(*blocks))
 
     def forward(self, x_BX: Tensor) -> Tensor:
-        """Inputs, group behind group -> x_BP."""
-        return (x_BX - self.center_X) @ self.matrix_XP
+        """Inputs, group behind group -> x_BP; what is behind the last group is not read."""
+        return (x_BX[:, : len(self.center_X)] - self.center_X) @ self.matrix_XP
 
     @torch.no_grad()
     def fit(self, chunks: Iterable[Tensor], square_norm: float) -> None:
         """Set the directions by inputs that come in chunks; every group's vectors get this mean squared norm."""
         count, sum_X = 0, torch.zeros(sum(self.sizes), dtype=torch.float64)
         square_XX = torch.outer(sum_X, sum_X)
-        for x_BX in chunks:
+        for chunk_BX in chunks:
+            x_BX = chunk_BX[:, : len(sum_X)]
             count += len(x_BX)
             sum_X += x_BX.sum(0)
             square_XX += x_BX.t() @ x_BX

@@ -53,7 +53,7 @@ class SuperMoE(nn.Module):
         if USER in self.readout.questions:
             raise UserError(f"tasks.{USER}: this name belongs to the user's own indicator; give the task another one.")
         self.indicators = Indicators(schema, config, [USER, *self.readout.questions])
-        self.profile = Profile(self.indicators.features.direct_dims, config.profile_dim)
+        self.profile = Profile(self.indicators.features.direct_dims[:2], config.profile_dim)
         self.heads = ByName({name: self._head(spec, schema) for name, spec in heads.items()})
 
     def forward(self, batch: Batch) -> Output:

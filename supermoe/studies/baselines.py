@@ -79,10 +79,16 @@ def _inputs(store: Store, train: NDArray) -> NDArray:
     return np.concatenate(columns, axis=1)
 
 
+def _seen(inputs: NDArray, rows: NDArray) -> NDArray:
+    """The columns that have a value in some of the rows: the others tell nothing, and scikit-learn fails on them."""
+    return inputs[:, ~np.isnan(inputs[rows]).all(axis=0)]
+
+
 def _trees(inputs: NDArray, task: Any, label: NDArray, train: NDArray, test: NDArray) -> dict[str, NDArray]:
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
     rows = train[is_asked(label[train])]
+    inputs = _seen(inputs, rows)
     if task.config.type == "regression":
         return {"score": HistGradientBoostingRegressor(**TREES).fit(inputs[rows], label[rows]).predict(inputs[test])}
     model = HistGradientBoostingClassifier(**TREES).fit(inputs[rows], label[rows])
@@ -98,6 +104,7 @@ def _ridge(inputs: NDArray, task: Any, label: IdLists, train: NDArray, test: NDA
     from sklearn.linear_model import Ridge
 
     rows = train[is_asked(label)[train]]
+    inputs = _seen(inputs, rows)
     center, spread = np.nanmean(inputs[rows], axis=0), np.nanstd(inputs[rows], axis=0)
     scaled = np.nan_to_num((inputs - center) / np.where(spread > 1e-6, spread, 1.0))
     target = _matrix(label, task.label.num_classes)[rows].toarray()
