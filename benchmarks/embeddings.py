@@ -52,7 +52,11 @@ def vectors(artifact: Artifact, cut: int) -> dict[str, np.ndarray]:
     with serving_store(artifact, Request(open_source(artifact), cut), everyone=True) as store:
         users = store.users["user"].to_numpy()
         batches = [
-            (batch.example_B, model.embed(batch), model.indicators.features(batch).direct_BX[:, : sum(model.profile.sizes)])
+            (
+                batch.example_B,
+                model.embed(batch),
+                model.indicators.features(batch).direct_BX[:, : sum(model.profile.sizes)],
+            )
             for batch in serving_batches(artifact, store)
         ]
     example, vector, features = (torch.cat(parts) for parts in zip(*batches, strict=True))

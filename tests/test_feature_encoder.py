@@ -79,16 +79,28 @@ def test_gradients() -> None:
     check_gradients(encoder, lambda: encoder(batch).vector_BD)
 
 
-def test_direct_inputs_are_numbers_and_the_longest_bag_of_every_field_as_they_are() -> None:
+def test_direct_inputs_are_numbers_the_longest_bag_of_every_field_and_bins_as_they_are() -> None:
     encoder, batch = FeatureEncoder(make_schema(), CONFIG), make_batch()
     num_features, longest = len(make_schema().features), encoder.bags["type_all"](batch.bags["type_all"])
     direct_BX = encoder(batch).direct_BX  # in training: they are not dropped out
-    numbers_BP, bags_BX = direct_BX.split([num_features, sum(encoder.direct_dims) - num_features], dim=1)
+    numbers_BP, bags_BX, bins_BX = direct_BX.split(encoder.direct_dims, dim=1)
     weight = math.log(encoder.bags["type_all"].table_VD.shape[0], LARGE)
     assert torch.equal(bags_BX[:, : longest.shape[1]], weight * longest)
     deviate_BP = torch.special.ndtri(batch.features_BP.nan_to_num(0.5).clamp(TAIL, 1 - TAIL))
     torch.testing.assert_close(numbers_BP, 0.5 * (encoder.bag_dim / num_features) ** 0.5 * deviate_BP)
+    encoded_BPI = encode_numbers(batch.features_BP, encoder.bins).unflatten(1, (num_features, -1))
+    torch.testing.assert_close(bins_BX, (encoder.bag_dim / num_features) ** 0.5 * encoded_BPI[:, :, 1:-1].flatten(1))
     assert not direct_BX.requires_grad
+
+
+def test_the_network_reads_each_input_by_its_weight_and_the_heads_do_not() -> None:
+    encoder, batch = FeatureEncoder(make_schema(), CONFIG).eval(), make_batch()
+    before = encoder(batch)
+    encoder.weigh(torch.zeros_like(encoder.weight_J))
+    after = encoder(batch)
+    assert not torch.equal(before.vector_BD[0], before.vector_BD[1])
+    assert torch.equal(after.vector_BD[0], after.vector_BD[1])  # nothing tells users apart any more
+    assert torch.equal(after.direct_BX, before.direct_BX)
 
 
 def test_numbers_are_standardised_by_the_examples_given() -> None:

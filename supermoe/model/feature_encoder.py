@@ -100,6 +100,7 @@ class FeatureEncoder(nn.Module):
 
     center_I: Tensor
     scale_I: Tensor
+    weight_J: Tensor
 
     def __init__(self, schema: Schema, config: ModelConfig):
         super().__init__()
@@ -113,6 +114,7 @@ class FeatureEncoder(nn.Module):
         self.register_buffer("center_I", torch.zeros(num_encoded))
         self.register_buffer("scale_I", torch.ones(num_encoded))
         num_inputs = num_encoded + len(inputs) * self.bag_dim
+        self.register_buffer("weight_J", torch.ones(num_inputs))
         self.hidden_dim = 4 * config.dim if num_inputs else 0
         self.direct_dims = [len(schema.features), len(self.lifetime) * self.bag_dim, len(schema.features) * self.bins]
         self.network = self._network(num_inputs, config.feature_layers) if num_inputs else None
@@ -124,8 +126,8 @@ class FeatureEncoder(nn.Module):
             nothing = torch.zeros(batch.num_examples, self.dim, device=batch.read_B.device)
             return Features(nothing, nothing[:, :0], nothing[:, :0])
         numbers_BI, bags = self.inputs(batch.features_BP, batch.bags)
-        input_BI = torch.cat([numbers_BI, *bags], dim=1)
-        hidden_BF = self.network(ops.dropout(input_BI, INPUT_SHARE * self.dropout, self.training))
+        input_BJ = torch.cat([numbers_BI, *bags], dim=1) * self.weight_J
+        hidden_BF = self.network(ops.dropout(input_BJ, INPUT_SHARE * self.dropout, self.training))
         return Features(self.project(hidden_BF), hidden_BF, self.direct(numbers_BI, bags))
 
     def inputs(self, features_BP: Tensor, bags: dict[str, Jagged]) -> tuple[Tensor, list[Tensor]]:
@@ -153,6 +155,11 @@ class FeatureEncoder(nn.Module):
         scale_PI = torch.ones_like(spread_PI)
         scale_PI[:, 0] = 1 / spread_PI[:, 0].clamp(min=MIN_SPREAD)
         self.scale_I.copy_(scale_PI.flatten())
+
+    @torch.no_grad()
+    def weigh(self, weight_J: Tensor) -> None:
+        """How large each input of the network is, numbers and then bags; ones at first."""
+        self.weight_J.copy_(weight_J)
 
     @torch.no_grad()
     def init_bag(self, name: str, matrix_VD: Tensor, idf_V: Tensor) -> None:

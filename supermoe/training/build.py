@@ -27,6 +27,7 @@ from supermoe.objectives.pretraining import NextEvent
 from supermoe.objectives.task import Task, asked
 from supermoe.training.evaluation import Evaluation, evaluate
 from supermoe.training.linear_start import fit_direct
+from supermoe.training.relevance import weigh_inputs
 from supermoe.training.router_health import EVENT
 from supermoe.training.seeding import seed_everything
 from supermoe.training.sharded_weights import load_weights
@@ -128,6 +129,7 @@ def build_run(
     sizes = model.num_parameters(), model.num_parameters(active=True)
     parallel.shard_tables(model)
     warm_start(model, store, config.seed)
+    weigh_inputs(model, tasks, store, config.seed)
     for name, task in tasks.items():
         task.init_head(model.heads[name])
         if heads[name].direct:

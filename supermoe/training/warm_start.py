@@ -51,9 +51,19 @@ def at_most(count: int, rows: np.ndarray, seed: int) -> np.ndarray:
 
 def direct_inputs(model: Any, store: Store, examples: np.ndarray) -> Tensor:
     """The features of some examples as heads of static attributes read them."""
+    return model.indicators.features.direct(*_inputs(model, store, examples))
+
+
+def network_inputs(model: Any, store: Store, examples: np.ndarray) -> Tensor:
+    """The features of some examples as the feature network reads them, before they are weighed."""
+    numbers_BI, bags = _inputs(model, store, examples)
+    return torch.cat([numbers_BI, *bags], dim=1)
+
+
+def _inputs(model: Any, store: Store, examples: np.ndarray) -> tuple[Tensor, list[Tensor]]:
     encoder: FeatureEncoder = model.indicators.features
     bags = {name: gather_lists(store.bags[name], examples) for name in encoder.bags}
-    return encoder.direct(*encoder.inputs(torch.from_numpy(np.asarray(store.features)[examples]), bags))
+    return encoder.inputs(torch.from_numpy(np.asarray(store.features)[examples]), bags)
 
 
 def _visible_events(store: Store, seed: int) -> tuple[np.ndarray, Tensor]:
