@@ -13,11 +13,11 @@ from torch import Tensor
 from supermoe.data.batches import label_rows
 from supermoe.data.store import Store
 from supermoe.objectives.task import Task, asked
-from supermoe.training.warm_start import at_most
+from supermoe.training.warm_start import CHUNK, at_most
 
 PRIORS = (1600.0, 400.0, 100.0, 25.0, 6.0, 1.5)  # users' worth of evidence that a weight must overcome, strongest first
 FOLDS = 5  # of users, to choose among them
-MAX_USERS = 20_000  # enough for a few hundred weights; keeps their inputs in memory
+MAX_USERS = 20_000  # enough for some thousand weights; keeps their inputs in memory
 ITERATIONS = 20  # towards each prior, from what was best under a stronger one; four times as many for the last fit
 TOLERANCE = 1e-4  # largest entry of a gradient; at the prior they are some 0.1
 
@@ -46,8 +46,10 @@ def _fit_direct(head: Any, task: Task, store: Store, inputs: Callable[[np.ndarra
     labels = label_rows(store.labels[task.name], examples)
     if task.undefined(labels):
         return
-    x_NX = F.pad(inputs(examples), (0, 1), value=1.0)  # a last input for the bias
     start_CX = torch.cat([head.direct_CX, head.bias[:, None]], dim=1).detach()
+    x_NX = start_CX.new_ones(len(examples), start_CX.shape[1])  # a last input for the bias
+    for first in range(0, len(examples), CHUNK):
+        x_NX[first : first + CHUNK, :-1] = inputs(examples[first : first + CHUNK])
 
     def losses(weight_CX: Tensor) -> Tensor:
         return task.losses(F.linear(x_NX, weight_CX), labels)
