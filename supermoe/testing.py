@@ -71,6 +71,9 @@ def check_task(config: Mapping[str, Any]) -> None:
     task.init_head(head)
     _check_loss(task, model, dataclasses.replace(batch, labels={NAME: labels}), per_example=spec.reads == "example")
     _check_scores(task, model, dataclasses.replace(batch, labels={NAME: labels}))
+    if spec.boosted:
+        answer = task.decode(torch.randn(EXAMPLES, spec.size))
+        expect(torch.allclose(task.decode(task.encode(answer)), answer, atol=1e-4), "encode: not the inverse of decode")
     again = make("supermoe.objectives.tasks", config, name=NAME, label=schema.labels[NAME], schema=schema)
     again.load_state(task.state())
     output = model(batch)

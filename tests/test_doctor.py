@@ -20,7 +20,7 @@ def test_it_says_what_is_there_and_what_is_missing(
     assert f"torch {found('torch')}" in printed
     assert "reference" in printed
     assert "matplotlib: not installed (pip install 'supermoe[report]'), would enable plots" in printed
-    assert f"scikit-learn: {found('scikit-learn')}, enables the boosted baseline" in printed
+    assert f"fairscale: {found('fairscale')}, enables a second layer of experts" in printed
 
 
 @pytest.mark.parametrize(

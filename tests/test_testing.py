@@ -85,6 +85,13 @@ class NoPrior(Binary):
         torch.nn.init.constant_(head.bias, 3.0)
 
 
+class NotInverse(Binary):
+    """Trees would answer something else."""
+
+    def encode(self, answer):
+        return answer[:, None]
+
+
 class LooksAround(SoftmaxRouter):
     """A choice that depends on the other tokens of the batch."""
 
@@ -136,6 +143,7 @@ class SeesTheCut(TimeSplit):
     [
         (check_task, {"type": f"{__name__}:MeanLoss", "label": SQL}, "do not add up|start at the prior"),
         (check_task, {"type": f"{__name__}:NoPrior", "label": SQL}, "start at the prior"),
+        (check_task, {"type": f"{__name__}:NotInverse", "label": SQL}, "encode: not the inverse"),
         (check_router, {"type": f"{__name__}:LooksAround"}, "depend on the other tokens"),
         (check_router, {"type": f"{__name__}:CountsNothing"}, "counts_E does not count"),
         (check_balancer, {"type": f"{__name__}:Drifts"}, "sum to 1"),

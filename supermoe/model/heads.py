@@ -15,6 +15,7 @@ from supermoe.data.batch import Batch
 from supermoe.data.schema import FIRST_ID
 from supermoe.model.embedding import Table
 from supermoe.model.packed import read_of_events
+from supermoe.model.trees import BoostedTrees
 
 DIRECT_PRIOR = 400.0  # users' worth of evidence that a weight must overcome to leave zero
 READ_PRIOR = 10_000.0  # labelled users that make what was learnt as trustworthy as the fixed direct inputs
@@ -27,7 +28,8 @@ class HeadSpec:
     """What a task or a pre-training objective needs.
 
     `linear`: `size` logits; with `field` the classes are that event field's ids, or those in `ids`, and counts of them
-    are copied; `direct`: the head also reads the leading directions of the bags, for static attributes of few users.
+    are copied; `direct`: the head also reads the leading directions of the bags, for static attributes of few users;
+    `boosted`: boosted trees on the derived features may answer beside it.
     `field`: one logit per id of the field, from its embeddings. `reads`: an example's read-out, an event's output, or
     both.
     """
@@ -38,6 +40,7 @@ class HeadSpec:
     reads: Literal["example", "event", "both"] = "example"
     ids: Sequence[int] = ()
     direct: bool = False
+    boosted: bool = False
 
     @property
     def reads_examples(self) -> bool:
@@ -102,11 +105,20 @@ class LinearHead(nn.Module):
     """logits = W dropout(norm(x)) + b, and copied counts where the classes are ids of a field with `bags`.
 
     W starts at zero: a head that is given the prior's bias starts as the prior. The last `direct_dim` inputs are added
-    as they are, through weights of their own.
+    as they are, through weights of their own. `share` of the answer, not of what is trained, is that of `trees`.
     """
 
+    share: Tensor
+
     def __init__(
-        self, width: int, size: int, bags: list[str], dropout: float, ids: Sequence[int] = (), direct_dim: int = 0
+        self,
+        width: int,
+        size: int,
+        bags: list[str],
+        dropout: float,
+        ids: Sequence[int] = (),
+        direct_dim: int = 0,
+        tree_rounds: int = 0,
     ):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -114,6 +126,9 @@ class LinearHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size))
         self.copy = CopyTerm(width, size, bags, 0.0, ids) if bags else None
         self.direct_CX = nn.Parameter(torch.zeros(size, direct_dim)) if direct_dim else None
+        self.trees = BoostedTrees(tree_rounds, size) if tree_rounds else None
+        if self.trees is not None:
+            self.register_buffer("share", torch.zeros(()))
         self.dropout = dropout
         self.direct_prior = DIRECT_PRIOR  # of the direct inputs' weights; `linear_start` chooses it
 
@@ -124,7 +139,11 @@ class LinearHead(nn.Module):
         logits_BC = F.linear(x_BX, self.weight, self.bias)
         if self.direct_CX is not None:
             logits_BC = logits_BC + F.linear(direct_BX, self.direct_CX)
-        return logits_BC if self.copy is None else logits_BC + self.copy(x_BX, batch)
+        if self.copy is not None:
+            logits_BC = logits_BC + self.copy(x_BX, batch)
+        if self.trees is None or self.training or not self.share:
+            return logits_BC
+        return torch.lerp(logits_BC, self.trees(batch.features_BP).to(logits_BC.dtype), self.share)
 
     def penalty(self, num_users: int) -> Tensor | float:
         """Gaussian prior on the weights of a head with direct inputs, per labelled user -> scalar; 0 for other heads.

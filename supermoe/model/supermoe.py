@@ -124,7 +124,8 @@ class SuperMoE(nn.Module):
         bags = [name for name, bag in schema.bags.items() if bag.field == spec.field]
         if spec.kind == "linear":
             direct_dim = sum(features.direct_dims) if spec.direct else 0
-            return LinearHead(width, spec.size, bags, dropout, spec.ids, direct_dim)
+            rounds = self.config.tree_rounds if spec.boosted and schema.features else 0
+            return LinearHead(width, spec.size, bags, dropout, spec.ids, direct_dim, rounds)
         assert spec.field is not None, "a head of kind 'field' names its field"
         table = self.embedding.tables[spec.field]
         if spec.reads == "both":

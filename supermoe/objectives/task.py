@@ -61,11 +61,14 @@ class Task:
         """What the model must answer with."""
         raise NotImplementedError
 
-    def linear_head(self, size: int, copies: bool = False) -> HeadSpec:
-        """A linear head: with direct inputs for a static attribute, with copied counts for a field's values."""
+    def linear_head(self, size: int, copies: bool = False, boosted: bool = False) -> HeadSpec:
+        """A linear head: with direct inputs for a static attribute, with copied counts for a field's values.
+
+        `boosted`: trees may answer beside it, for labels that are one number or class; needs `encode`.
+        """
         field = (self.label.field or self.label.source) if copies else None
         ids = self.label.ids if field else ()
-        return HeadSpec(kind="linear", size=size, field=field, ids=ids, direct=self.is_static)
+        return HeadSpec(kind="linear", size=size, field=field, ids=ids, direct=self.is_static, boosted=boosted)
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         """Learn the best constant answer from the training labels.
@@ -143,6 +146,10 @@ class Task:
 
     def decode(self, logits_BC: Tensor) -> Tensor:
         """Logits -> [B] or [B, C] predictions."""
+        raise NotImplementedError
+
+    def encode(self, answer: Tensor) -> Tensor:
+        """Logits [B, C] that `decode` to this answer."""
         raise NotImplementedError
 
     def prior_scores(self, num_examples: int) -> Scores:

@@ -18,6 +18,9 @@ from supermoe.objectives.ranking import NextItem, Retrieval
 from supermoe.objectives.task import MIN_PRIOR_LOSS, Labels, Scores, Task, TaskConfig, asked, repeat_row, set_rows
 from supermoe.typed_yaml import UserError
 
+MAX_BOOSTED = 64  # classes of which each can have trees of its own
+TINY = 1e-6  # probability that is as good as none
+
 
 class Binary(Task):
     """Yes or no. Scores: the probability of yes [n]."""
@@ -29,7 +32,7 @@ class Binary(Task):
     main_metric = "auc"
 
     def head_spec(self) -> HeadSpec:
-        return self.linear_head(1)
+        return self.linear_head(1, boosted=True)
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         assert isinstance(labels, Tensor)
@@ -50,6 +53,9 @@ class Binary(Task):
 
     def decode(self, logits_BC: Tensor) -> Tensor:
         return logits_BC[:, 0].sigmoid()
+
+    def encode(self, answer: Tensor) -> Tensor:
+        return torch.logit(answer, eps=TINY)[:, None]
 
     def prior_scores(self, num_examples: int) -> Scores:
         return {"score": repeat_row(self.prior[0], num_examples)}
@@ -87,7 +93,7 @@ class Multiclass(Task):
             )
 
     def head_spec(self) -> HeadSpec:
-        return self.linear_head(self.label.num_classes, copies=True)
+        return self.linear_head(self.label.num_classes, copies=True, boosted=self.label.num_classes <= MAX_BOOSTED)
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         assert isinstance(labels, Tensor)
@@ -113,6 +119,9 @@ class Multiclass(Task):
 
     def decode(self, logits_BC: Tensor) -> Tensor:
         return self.log_probabilities(logits_BC).exp()
+
+    def encode(self, answer: Tensor) -> Tensor:
+        return answer.clamp(min=TINY).log()
 
     def prior_scores(self, num_examples: int) -> Scores:
         return {"score": repeat_row(self.prior_C, num_examples)}
@@ -250,7 +259,7 @@ class Regression(Task):
     mean, std = 0.0, 1.0
 
     def head_spec(self) -> HeadSpec:
-        return self.linear_head(1)
+        return self.linear_head(1, boosted=True)
 
     def fit_prior(self, labels: Labels, counts_V: Tensor | None = None) -> None:
         assert isinstance(labels, Tensor)
@@ -281,6 +290,9 @@ class Regression(Task):
 
     def decode(self, logits_BC: Tensor) -> Tensor:
         return logits_BC[:, 0] * self.std + self.mean
+
+    def encode(self, answer: Tensor) -> Tensor:
+        return ((answer - self.mean) / self.std)[:, None]
 
     def prior_scores(self, num_examples: int) -> Scores:
         return {"score": repeat_row(self.mean, num_examples)}

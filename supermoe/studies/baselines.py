@@ -6,26 +6,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from sklearn.decomposition import TruncatedSVD
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.feature_extraction.text import TfidfTransformer
+from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
 from supermoe.data.batches import label_rows
 from supermoe.data.schema import FIRST_ID
 from supermoe.data.store import SPLITS, IdLists, Store, is_asked
+from supermoe.training.boosting import TREES
 from supermoe.typed_yaml import UserError
 
 BAG_DIRECTIONS = 32  # singular vectors of every bag's TF-IDF matrix
 RIDGE_PENALTY = 1000.0
-TREES: dict[str, Any] = {
-    "learning_rate": 0.1,
-    "max_iter": 75,
-    "max_leaf_nodes": 8,
-    "min_samples_leaf": 50,
-    "l2_regularization": 5.0,
-    "max_features": 0.2,
-    "max_bins": 63,
-    "early_stopping": False,
-    "random_state": 0,
-}
+OPTIONS: dict[str, Any] = {**TREES, "max_iter": 75, "random_state": 0}
 RANKED_EXAMPLES = 4_000  # training examples of the ranking model
 NEGATIVES = 40  # ids per training example that were not taken
 POPULAR = 200  # ids that everyone may be recommended
@@ -39,12 +35,6 @@ def boosting(store: Store, tasks: dict[str, Any], split: str) -> dict[str, dict[
     vocabulary: gradient boosting of (example, id) pairs on the id's counts. Tasks asked of every event have no such
     baseline.
     """
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "report.boosting needs scikit-learn: pip install 'supermoe[report]', or report.boosting=false"
-        ) from None
     code = np.asarray(store.examples.split)
     train, test = (np.flatnonzero(code == SPLITS[name]) for name in ("train", split))
     inputs = _inputs(store, train)
@@ -67,9 +57,6 @@ def boosting(store: Store, tasks: dict[str, Any], split: str) -> dict[str, dict[
 
 def _inputs(store: Store, train: NDArray) -> NDArray:
     """Features and the leading directions of all bags, one row per example."""
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfTransformer
-
     columns = [np.asarray(store.features)]
     for name, bag in store.bags.items():
         counts = _matrix(bag, store.schema.bags[name].size)
@@ -85,13 +72,11 @@ def _seen(inputs: NDArray, rows: NDArray) -> NDArray:
 
 
 def _trees(inputs: NDArray, task: Any, label: NDArray, train: NDArray, test: NDArray) -> dict[str, NDArray]:
-    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
-
     rows = train[is_asked(label[train])]
     inputs = _seen(inputs, rows)
     if task.config.type == "regression":
-        return {"score": HistGradientBoostingRegressor(**TREES).fit(inputs[rows], label[rows]).predict(inputs[test])}
-    model = HistGradientBoostingClassifier(**TREES).fit(inputs[rows], label[rows])
+        return {"score": HistGradientBoostingRegressor(**OPTIONS).fit(inputs[rows], label[rows]).predict(inputs[test])}
+    model = HistGradientBoostingClassifier(**OPTIONS).fit(inputs[rows], label[rows])
     probability = model.predict_proba(inputs[test])
     if label.dtype.kind == "f":
         return {"score": probability[:, 1]}
@@ -101,8 +86,6 @@ def _trees(inputs: NDArray, task: Any, label: NDArray, train: NDArray, test: NDA
 
 
 def _ridge(inputs: NDArray, task: Any, label: IdLists, train: NDArray, test: NDArray) -> dict[str, NDArray]:
-    from sklearn.linear_model import Ridge
-
     rows = train[is_asked(label)[train]]
     inputs = _seen(inputs, rows)
     center, spread = np.nanmean(inputs[rows], axis=0), np.nanstd(inputs[rows], axis=0)
@@ -114,8 +97,6 @@ def _ridge(inputs: NDArray, task: Any, label: IdLists, train: NDArray, test: NDA
 
 def _rank(store: Store, task: Any, label: IdLists, train: NDArray, test: NDArray) -> dict[str, NDArray]:
     """Boosting of (example, id) pairs: counts of the id in every bag of the field, and how popular the id is."""
-    from sklearn.ensemble import HistGradientBoostingClassifier
-
     size = store.schema.fields[task.field].size
     bags = [_matrix(bag, size) for name, bag in store.bags.items() if store.schema.bags[name].field == task.field]
     target = _matrix(label, size)
@@ -128,7 +109,7 @@ def _rank(store: Store, task: Any, label: IdLists, train: NDArray, test: NDArray
     hit = np.asarray(target[rows[example], ids]).ravel() > 0
     keep = hit | (rng.random(len(ids)) < NEGATIVES * len(rows) / max((~hit).sum(), 1))
     pairs = _pair_inputs(bags, rows, example[keep], ids[keep], popularity)
-    model = HistGradientBoostingClassifier(**TREES | {"max_features": 1.0}).fit(pairs, hit[keep])
+    model = HistGradientBoostingClassifier(**OPTIONS | {"max_features": 1.0}).fit(pairs, hit[keep])
     top_k = np.full((len(test), task.config.top_k), -1)
     best_k = np.full(top_k.shape, -np.inf)
     for start in range(0, len(test), CHUNK):
@@ -162,9 +143,7 @@ def _pair_inputs(bags: list[Any], rows: NDArray, example: NDArray, ids: NDArray,
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def _matrix(lists: IdLists, size: int) -> Any:
+def _matrix(lists: IdLists, size: int) -> csr_matrix:
     """Lists of ids as a sparse matrix [n, size] of their counts."""
-    from scipy.sparse import csr_matrix
-
     values = np.ones(len(lists.ids), np.float32) if lists.counts is None else np.asarray(lists.counts)
     return csr_matrix((values, np.asarray(lists.ids), np.asarray(lists.offsets)), shape=(len(lists.offsets) - 1, size))

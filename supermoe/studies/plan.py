@@ -141,17 +141,17 @@ def memory_of(
     states = 2 * FP32 * ((numbers - counts.experts / mesh.expert - by_row * in_tables) / _state_ranks(mesh))
     states += 2 * FP32 * counts.experts / mesh.expert
     states += by_row * FP32 * sum(_rows(name, made) / _table_ranks(name, made, mesh) for name in counts.tables)
-    average = FP32 * (numbers + counts.buffers) if config.training.ema else 0.0
+    average = FP32 * numbers + counts.buffers if config.training.ema else 0.0
     gradients = FP32 * (replicated / dense_ranks(mesh) + counts.experts / mesh.expert)
     live_G, grads_G = _timeline(made, mesh, found)
     if micro_batches(config, mesh) > 1:
         grads_G = np.full_like(grads_G, gradients)
     exchange = _exchange(config, made, mesh, shape, replicated)
-    static = FP32 * (numbers + counts.buffers) + states + average + exchange
+    static = FP32 * numbers + counts.buffers + states + average + exchange
     peak = static + max(float((live_G + grads_G).max()), gradients)
     return Memory(
         parameters=FP32 * numbers,
-        buffers=FP32 * counts.buffers,
+        buffers=counts.buffers,
         optimizer=states,
         average=average,
         gradients=gradients,

@@ -31,7 +31,7 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters by where they live, and numbers that are kept but not learnt."""
+    """Parameters by where they live, and the bytes of what is kept but not learnt."""
 
     dense: int
     experts: int
@@ -114,7 +114,7 @@ def count(model: SuperMoE) -> Counts:
     experts = sum(p.numel() for m in model.modules() if isinstance(m, Experts) for p in m.parameters())
     tables = {name: p.numel() for name, p in model.named_parameters() if getattr(p, "is_table", False)}
     dense = model.num_parameters() - experts - sum(tables.values())
-    buffers = sum(b.numel() for b in model.buffers())
+    buffers = sum(b.nbytes for b in model.buffers())
     return Counts(dense, experts, tables, model.num_parameters(active=True), buffers)
 
 

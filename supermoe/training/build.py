@@ -20,7 +20,7 @@ from supermoe.data.schema import FIRST_ID, Schema
 from supermoe.data.store import REMEDY, Store
 from supermoe.distributed.mesh import World
 from supermoe.distributed.parallelize import Parallel
-from supermoe.model.heads import HeadSpec
+from supermoe.model.heads import HeadSpec, LinearHead
 from supermoe.model.supermoe import SuperMoE
 from supermoe.objectives.objective import Objective
 from supermoe.objectives.pretraining import NextEvent
@@ -81,6 +81,15 @@ class Run:
         dealt = batches(self.config, self.store, split, world)
         with self.trainer.parallel.whole():
             return evaluate(model, self.tasks, dealt, split, event_names(self.store), bf16, world)
+
+    def boosted_heads(self) -> dict[str, LinearHead]:
+        """The heads of tasks that have room for boosted trees, of the weights that count."""
+        heads = {name: self.trainer.evaluated_model().heads[name] for name in self.tasks}
+        return {name: head for name, head in heads.items() if getattr(head, "trees", None) is not None}
+
+    def tree_shares(self) -> dict[str, float]:
+        """How much of each task's answers is that of boosted trees, where there can be any."""
+        return {name: round(float(head.share), 2) for name, head in self.boosted_heads().items()}
 
     def best_model(self) -> SuperMoE:
         """The best weights in a model of its own on the CPU, which no rank shares."""

@@ -166,7 +166,7 @@ class Trainer:
                 self._evaluate(log)
             elif self.progress["finished"]:  # there is nothing to select on
                 self.progress["best_step"] = self.step
-                self._save_best()
+                self.save_best()
             if self.progress["finished"] or terminated or self.step % self.config.checkpoint_every == 0:
                 self.checkpoints.save(self.step, self._tensors(), self.progress)
             if self.progress["finished"]:
@@ -200,6 +200,10 @@ class Trainer:
         """The model with the weights of the best evaluation, in evaluation mode; `UserError` if they are damaged."""
         load_weights(self.evaluated_model(), self.best, RETRAIN.format(self.best.parent))
         return self.evaluated_model().eval()
+
+    def save_best(self) -> None:
+        """Publish the weights that count as the best ones."""
+        save_weights(self.evaluated_model(), self.best, self.world)
 
     @property
     def best(self) -> Path:
@@ -310,7 +314,7 @@ class Trainer:
         if best is None or np.isnan(gain) or gain > best:
             self.progress |= {"best_step": self.step, "best_share": self._share_done(self.step), "unimproved": 0}
             self.progress["best_gain"] = None if np.isnan(gain) else gain
-            self._save_best()
+            self.save_best()
         else:
             self.progress["unimproved"] += 1
         patience = self.config.patience
@@ -342,9 +346,6 @@ class Trainer:
         if self.average is not None:
             tensors["average"] = self.average.state_dict()
         return tensors
-
-    def _save_best(self) -> None:
-        save_weights(self.evaluated_model(), self.best, self.world)
 
     def _tell(self, line: str) -> None:
         if self.world.is_first:

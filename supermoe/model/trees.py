@@ -1,0 +1,73 @@
+"""Boosted trees as tensors: what they answer is a few gathers per level, on any device and without another library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+LEAVES = 8  # of one tree at most
+NODES = 2 * LEAVES - 1
+
+
+class BoostedTrees(nn.Module):
+    """logits_c = start_c + the leaves that an example falls into in the trees of class c.
+
+    A node sends an example to its left if the feature is at most the threshold, or missing and `missing_left`. A leaf
+    is a node that leads to itself. Before `plant` all trees are a single leaf of value 0.
+    """
+
+    feature_TN: Tensor
+    threshold_TN: Tensor
+    missing_left_TN: Tensor
+    child_TN2: Tensor
+    leaf_TN: Tensor
+    start_C: Tensor
+
+    def __init__(self, rounds: int, size: int):
+        super().__init__()
+        self.rounds = rounds
+        shape = (rounds * size, NODES)
+        self.register_buffer("feature_TN", torch.zeros(shape, dtype=torch.int32))
+        self.register_buffer("threshold_TN", torch.zeros(shape))
+        self.register_buffer("missing_left_TN", torch.zeros(shape, dtype=torch.bool))
+        self.register_buffer("child_TN2", torch.zeros(*shape, 2, dtype=torch.int32))
+        self.register_buffer("leaf_TN", torch.zeros(shape))
+        self.register_buffer("start_C", torch.zeros(size))
+
+    def forward(self, features_BP: Tensor) -> Tensor:
+        """Features, NaN missing -> logits_BC."""
+        num_trees = len(self.feature_TN)
+        first_T = NODES * torch.arange(num_trees, device=features_BP.device)
+        node_BT = first_T.expand(len(features_BP), num_trees)
+        for _ in range(LEAVES - 1):  # no tree is deeper
+            x_BT = features_BP.gather(1, self.feature_TN.flatten()[node_BT].long()).float()
+            left_BT = x_BT <= self.threshold_TN.flatten()[node_BT]
+            left_BT = torch.where(x_BT.isnan(), self.missing_left_TN.flatten()[node_BT], left_BT)
+            node_BT = first_T + self.child_TN2.flatten(0, 1)[node_BT, (~left_BT).long()]
+        value_BT = self.leaf_TN.flatten()[node_BT]
+        return self.start_C + value_BT.view(len(features_BP), -1, len(self.start_C)).sum(dim=1)
+
+    @torch.no_grad()
+    def plant(self, start_C: NDArray, trees: Mapping[int, NDArray]) -> None:
+        """Take over fitted trees by their place, class by class within each round; the other places stay at 0.
+
+        A tree is an array of nodes with the fields of scikit-learn's: `is_leaf`, `value`, `feature_idx`,
+        `num_threshold`, `missing_go_to_left`, `left`, `right`.
+        """
+        self.start_C.copy_(torch.from_numpy(start_C))
+        for t, nodes in trees.items():
+            leaf, itself = nodes["is_leaf"].astype(bool), np.arange(len(nodes))
+            children = [np.where(leaf, itself, nodes[side]) for side in ("left", "right")]
+            columns = {
+                self.feature_TN: np.where(leaf, 0, nodes["feature_idx"]),
+                self.threshold_TN: nodes["num_threshold"],
+                self.missing_left_TN: nodes["missing_go_to_left"].astype(bool),
+                self.child_TN2: np.stack(children, axis=1),
+                self.leaf_TN: np.where(leaf, nodes["value"], 0),
+            }
+            for buffer, column in columns.items():
+                buffer[t, : len(nodes)] = torch.from_numpy(column.astype(np.float64)).to(buffer.dtype)

@@ -1,0 +1,133 @@
+"""Boosted trees beside a task's network: they see steps and products that a network needs far more examples for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from torch import Tensor
+from tqdm import tqdm
+
+from supermoe.data.batches import label_rows
+from supermoe.data.store import IdLists, Store, is_asked
+from supermoe.model.trees import LEAVES, BoostedTrees
+from supermoe.objectives.task import Labels, Task, asked
+from supermoe.training.build import Run
+from supermoe.training.evaluation import Evaluation
+from supermoe.training.warm_start import CHUNK, at_most
+
+TREES: dict[str, Any] = {
+    "learning_rate": 0.1,
+    "max_leaf_nodes": LEAVES,
+    "min_samples_leaf": 50,
+    "l2_regularization": 5.0,
+    "max_features": 0.2,
+    "max_bins": 63,
+    "early_stopping": False,
+}
+MAX_EXAMPLES = 50_000  # of a task's; keeps their features in memory
+MIN_EXAMPLES = 4 * TREES["min_samples_leaf"]  # with fewer, trees can tell next to nothing apart
+SHARES = np.linspace(0, 1, 21)
+RESAMPLES = 50  # of the validation examples
+UNSEEN = 3.0  # nats by which a class that trees have not seen is less likely than the rarest that they have
+
+
+def boost(run: Run, shares: Mapping[str, float] | None = None) -> None:
+    """Mix boosted trees into what the heads of the best weights answer, where they have room for them.
+
+    Each task's share of trees is chosen on validation, unless `shares` gives it: a refit takes over what was chosen
+    before. Without validation examples there are no trees. Weights that hold some already stay as they are.
+    """
+    run.trainer.load_best()
+    heads = run.boosted_heads()
+    if not heads or any(run.tree_shares().values()):
+        return
+    if shares is not None:
+        chosen = {name: shares[name] for name in _plant(run, [name for name in heads if shares[name]])}
+    elif run.trainer.valid is not None:
+        validation = run.evaluate("valid")
+        chosen = {name: _chosen_share(run, name, trees, validation) for name, trees in _plant(run, list(heads)).items()}
+    else:
+        return
+    for name, share in chosen.items():
+        heads[name].share.fill_(share)
+    run.trainer.save_best()
+
+
+def _plant(run: Run, names: list[str]) -> dict[str, BoostedTrees]:
+    """Fit trees on the first rank and plant them on all -> those of the tasks with enough labels."""
+    planted, heads, world = {}, run.boosted_heads(), run.trainer.world
+    for name in tqdm(names, desc="trees", leave=False, disable=not world.is_first):
+        trees = heads[name].trees
+        assert trees is not None
+        fitted = fit_trees(run.tasks[name], run.store, trees.rounds, run.config.seed) if world.is_first else None
+        fitted = world.gather(fitted)[0]
+        if fitted is not None:
+            trees.plant(*fitted)
+            planted[name] = trees
+    return planted
+
+
+def fit_trees(task: Task, store: Store, rounds: int, seed: int) -> tuple[NDArray, dict[int, NDArray]] | None:
+    """Trees on the training examples' features, as `BoostedTrees.plant` wants them; None where labels are too few."""
+    label, rows = store.labels[task.name], store.rows_of("train")
+    assert not isinstance(label, IdLists), "sets have no trees"
+    rows = at_most(MAX_EXAMPLES, rows[is_asked(label)[rows]], seed)
+    if len(rows) < MIN_EXAMPLES or task.undefined(label_rows(label, rows)):
+        return None
+    features_nP = np.array(store.features[rows], np.float32)
+    told = np.flatnonzero(~np.isnan(features_nP).all(axis=0))  # scikit-learn fails on features without any value
+    target_n, size = np.array(label[rows]), task.head_spec().size
+    options = {**TREES, "max_iter": rounds, "random_state": seed}
+    if task.config.type == "regression":
+        target_n = task.encode(torch.from_numpy(target_n))[:, 0].numpy()
+        model = HistGradientBoostingRegressor(**options).fit(features_nP[:, told], target_n)
+    else:
+        model = HistGradientBoostingClassifier(**options).fit(features_nP[:, told], target_n.astype(int))
+    start_K = np.ravel(model._baseline_prediction)
+    places = [0] if size == 1 else model.classes_[-len(start_K) :]  # of two classes, trees tell the second
+    start_C = np.full(size, min(0.0, start_K.min()) - UNSEEN, np.float32)
+    if size > 1:
+        start_C[model.classes_] = 0.0
+    start_C[places] = start_K
+    trees = {}
+    for turn, predictors in enumerate(model._predictors):
+        for place, predictor in zip(places, predictors, strict=True):
+            nodes = trees[turn * size + place] = predictor.nodes.copy()
+            nodes["feature_idx"] = told[nodes["feature_idx"]]
+    return start_C, trees
+
+
+def _chosen_share(run: Run, name: str, trees: BoostedTrees, validation: Evaluation) -> float:
+    parts = np.split(validation.example_n, range(CHUNK, len(validation.example_n), CHUNK))
+    features = (torch.from_numpy(run.store.features[part]).to(trees.start_C.device) for part in parts)
+    trees_nC = torch.cat([trees(features_BP).cpu() for features_BP in features])
+    scores_n = torch.from_numpy(validation.scores[name]["score"])
+    return best_share(run.tasks[name], scores_n, trees_nC, validation.labels[name])
+
+
+def best_share(task: Task, scores_n: Tensor, trees_nC: Tensor, labels: Labels) -> float:
+    """The share of trees of least loss among those under which the task's metric is at least the network's.
+
+    It is the mean of what resampled examples choose (bagging): a few examples do not speak for one side alone.
+
+    Args:
+        scores_n: what the network answers, as `Task.decode` gives it.
+        trees_nC: the trees' logits for the same examples.
+    """
+    network_nC, asked_n = task.encode(scores_n), asked(labels)
+    losses, metrics = [], []
+    for share in SHARES:
+        mixed_nC = torch.lerp(network_nC, trees_nC, share)
+        losses.append(task.losses(mixed_nC, labels)[asked_n].double().numpy())
+        metrics.append(task.metrics({"score": task.decode(mixed_nC).numpy()}, labels)[task.main_metric])
+    if not metrics[0] <= max(metrics):  # there is none
+        return 0.0
+    loss_Sn = np.where(np.array(metrics)[:, None] >= metrics[0], losses, np.inf)
+    rng, n = np.random.default_rng(0), loss_Sn.shape[1]
+    chosen = [loss_Sn[:, rng.integers(n, size=n)].sum(axis=1).argmin() for _ in range(RESAMPLES)]
+    return float(np.mean(SHARES[chosen]))

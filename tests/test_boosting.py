@@ -1,0 +1,161 @@
+"""Boosted trees beside the network: that they are scikit-learn's, and when they have a say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from fake_run import make_task
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+from supermoe.config import RunConfig
+from supermoe.data.sources import Frames
+from supermoe.data.store import Store
+from supermoe.model.trees import BoostedTrees
+from supermoe.objectives.task import Task
+from supermoe.train import train
+from supermoe.training.boosting import MIN_EXAMPLES, TREES, UNSEEN, best_share, boost, fit_trees
+from supermoe.training.build import Run, build_run
+from supermoe.typed_yaml import validate
+
+SIZE, ROUNDS = 600, 5
+OPTIONS = {**TREES, "max_iter": ROUNDS, "random_state": 3}
+
+
+def make_store(kind: str, seed: int = 0) -> Any:
+    """Two features tell the label, some of both missing; a third has no value in training."""
+    rng = np.random.default_rng(seed)
+    features = rng.random((SIZE, 3)).astype(np.float32)
+    signal = features[:, 0] + (features[:, 1] > 0.5)
+    features[rng.random((SIZE, 3)) < 0.1] = np.nan
+    features[:, 2] = np.where(np.arange(SIZE) < 500, np.nan, 1.0)
+    missing = rng.random(SIZE) < 0.2
+    labels = {
+        "churn": np.where(missing, np.nan, signal > 1).astype(np.float32),
+        "spend": np.where(missing, np.nan, 3 * signal + 7).astype(np.float32),
+        "age": np.where(missing, -1, np.digitize(signal, [0.6, 1.2])).astype(np.int32),
+    }
+    return SimpleNamespace(labels={kind: labels[kind]}, features=features, rows_of=lambda split: np.arange(500))
+
+
+def planted(task: Task, store: Any) -> BoostedTrees:
+    trees, fitted = BoostedTrees(ROUNDS, task.head_spec().size), fit_trees(task, store, ROUNDS, seed=3)
+    assert fitted is not None
+    trees.plant(*fitted)
+    return trees
+
+
+def logits(task: Task, store: Any) -> np.ndarray:
+    return planted(task, store)(torch.from_numpy(store.features)).numpy()
+
+
+def prepared(kind: str, name: str, store: Any) -> Task:
+    task = make_task(kind, name)
+    task.fit_prior(torch.from_numpy(store.labels[name][:500]))
+    return task
+
+
+def known(store: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    label = store.labels[name][:500]
+    rows = np.flatnonzero(~np.isnan(label) if label.dtype.kind == "f" else label >= 0)
+    return store.features[rows, :2], label[rows]
+
+
+def test_trees_of_a_binary_label_answer_what_the_library_answers() -> None:
+    store = make_store("churn")
+    model = HistGradientBoostingClassifier(**OPTIONS).fit(*known(store, "churn"))
+    expected = model.decision_function(store.features[:, :2])
+    assert np.ptp(expected) > 1
+    np.testing.assert_allclose(logits(prepared("binary", "churn", store), store)[:, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_trees_of_a_number_answer_in_its_units() -> None:
+    store = make_store("spend")
+    task = prepared("regression", "spend", store)
+    model = HistGradientBoostingRegressor(**OPTIONS).fit(*known(store, "spend"))
+    answer = task.decode(torch.from_numpy(logits(task, store)))
+    assert answer.std() > 0.3
+    np.testing.assert_allclose(answer, model.predict(store.features[:, :2]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [[0, 1, 2], [0, 2], [1, 2]])
+def test_trees_of_classes_know_those_that_training_has_shown(classes: list[int]) -> None:
+    store = make_store("age")
+    age = store.labels["age"]
+    age[~np.isin(age, classes)] = -1
+    model = HistGradientBoostingClassifier(**OPTIONS).fit(*known(store, "age"))
+    found = logits(prepared("multiclass", "age", store), store)
+    probability = torch.from_numpy(found[:, classes]).softmax(1)
+    np.testing.assert_allclose(probability, model.predict_proba(store.features[:, :2]), atol=1e-5)
+    unseen = [c for c in range(3) if c not in classes]
+    start = model._baseline_prediction.min()
+    assert (found[:, unseen] == np.float32(min(0.0, start) - UNSEEN)).all()
+
+
+def test_few_labels_or_labels_that_do_not_vary_get_no_trees() -> None:
+    store = make_store("churn")
+    task = prepared("binary", "churn", store)
+    store.labels["churn"][MIN_EXAMPLES - 1 :] = np.nan
+    assert fit_trees(task, store, ROUNDS, seed=0) is None
+    store = make_store("churn")
+    store.labels["churn"][:] = 1.0
+    assert fit_trees(task, store, ROUNDS, seed=0) is None
+
+
+def test_the_share_follows_who_is_right() -> None:
+    task, rng = make_task("binary", "churn"), torch.Generator().manual_seed(0)
+    labels = (torch.rand(500, generator=rng) > 0.5).float()
+    right, noise = 3 * labels - 1.5, torch.randn(500, generator=rng)
+    other = 3 * labels - 1.5 + 2 * torch.randn(500, generator=rng)
+    blurred = right + 2 * torch.randn(500, generator=rng)
+    assert best_share(task, right.sigmoid(), noise[:, None], labels) == 0.0
+    assert best_share(task, noise.sigmoid(), right[:, None], labels) == 1.0
+    assert 0.3 < best_share(task, blurred.sigmoid(), other[:, None], labels) < 0.7
+    assert best_share(task, noise.sigmoid(), right[:, None], torch.full_like(labels, torch.nan)) == 0.0
+
+
+def test_a_smaller_loss_is_not_bought_with_the_metric() -> None:
+    """The network orders everyone rightly and is far too sure; the constant has the smaller loss."""
+    task, labels = make_task("binary", "churn"), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    sure = torch.tensor([-20.0, 19.0, 20.0, 30.0])
+    share = best_share(task, sure.sigmoid(), torch.zeros(4, 1), labels)
+    assert 0 < share < 1
+
+
+@pytest.fixture
+def boosted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run of two steps on the tiny log, whose labels are enough for trees of few examples."""
+    monkeypatch.setattr("supermoe.training.boosting.MIN_EXAMPLES", 10)
+    monkeypatch.setitem(TREES, "min_samples_leaf", 5)
+    raw = tiny.make_config(tmp_path).model_dump(mode="json")
+    raw["training"]["max_steps"] = 2
+    config = validate(RunConfig, raw, "test")
+    train(config, Frames(events=tiny.make_log(), users=tiny.make_users()))
+    return build_run(config, Store.open(config.store))
+
+
+def test_a_run_answers_with_trees_where_validation_wants_them(boosted: Run) -> None:
+    with_trees = boosted.evaluate("valid")
+    shares = boosted.tree_shares()
+    assert any(shares.values())
+    for head in boosted.boosted_heads().values():
+        head.share.zero_()
+    boosted.trainer.save_best()
+    without = boosted.evaluate("valid")
+    for name, task in boosted.tasks.items():
+        main = task.main_metric
+        if shares.get(name):
+            assert with_trees.metrics[name][main] >= without.metrics[name][main]
+        else:
+            assert with_trees.metrics[name] == pytest.approx(without.metrics[name], nan_ok=True)
+    boost(boosted)
+    assert boosted.tree_shares() == shares
+    before = {name: head.trees.leaf_TN.clone() for name, head in boosted.boosted_heads().items()}
+    boost(boosted, dict.fromkeys(shares, 0.5))  # trees stay where there are some
+    assert boosted.tree_shares() == shares
+    assert all(torch.equal(head.trees.leaf_TN, before[name]) for name, head in boosted.boosted_heads().items())
