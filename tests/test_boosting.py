@@ -115,6 +115,7 @@ def test_the_share_follows_who_is_right() -> None:
     blurred = right + 2 * torch.randn(500, generator=rng)
     assert best_share(task, right.sigmoid(), noise[:, None], labels) == 0.0
     assert best_share(task, noise.sigmoid(), right[:, None], labels) == 1.0
+    assert best_share(task, blurred.sigmoid(), blurred[:, None], labels) == 0.5  # neither is
     assert 0.3 < best_share(task, blurred.sigmoid(), other[:, None], labels) < 0.7
     assert best_share(task, noise.sigmoid(), right[:, None], torch.full_like(labels, torch.nan)) == 0.0
 
