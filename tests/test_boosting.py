@@ -16,7 +16,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 from supermoe.config import RunConfig
 from supermoe.data.sources import Frames
 from supermoe.data.store import Store
-from supermoe.model.trees import BoostedTrees
+from supermoe.model.trees import MODELS, BoostedTrees
 from supermoe.objectives.task import Task
 from supermoe.train import train
 from supermoe.training.boosting import MIN_EXAMPLES, TREES, UNSEEN, best_share, boost, fit_trees
@@ -24,7 +24,7 @@ from supermoe.training.build import Run, build_run
 from supermoe.typed_yaml import validate
 
 SIZE, ROUNDS = 600, 5
-OPTIONS = {**TREES, "max_iter": ROUNDS, "random_state": 3}
+SEED = 3
 
 
 def make_store(kind: str, seed: int = 0) -> Any:
@@ -44,7 +44,7 @@ def make_store(kind: str, seed: int = 0) -> Any:
 
 
 def planted(task: Task, store: Any) -> BoostedTrees:
-    trees, fitted = BoostedTrees(ROUNDS, task.head_spec().size), fit_trees(task, store, ROUNDS, seed=3)
+    trees, fitted = BoostedTrees(ROUNDS, task.head_spec().size), fit_trees(task, store, ROUNDS, SEED)
     assert fitted is not None
     trees.plant(*fitted)
     return trees
@@ -60,6 +60,11 @@ def prepared(kind: str, name: str, store: Any) -> Task:
     return task
 
 
+def models(cls: type, store: Any, name: str) -> list[Any]:
+    options = {**TREES, "max_iter": ROUNDS}
+    return [cls(**options, random_state=MODELS * SEED + m).fit(*known(store, name)) for m in range(MODELS)]
+
+
 def known(store: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     label = store.labels[name][:500]
     rows = np.flatnonzero(~np.isnan(label) if label.dtype.kind == "f" else label >= 0)
@@ -68,8 +73,8 @@ def known(store: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def test_trees_of_a_binary_label_answer_what_the_library_answers() -> None:
     store = make_store("churn")
-    model = HistGradientBoostingClassifier(**OPTIONS).fit(*known(store, "churn"))
-    expected = model.decision_function(store.features[:, :2])
+    fitted = models(HistGradientBoostingClassifier, store, "churn")
+    expected = np.mean([model.decision_function(store.features[:, :2]) for model in fitted], axis=0)
     assert np.ptp(expected) > 1
     np.testing.assert_allclose(logits(prepared("binary", "churn", store), store)[:, 0], expected, rtol=1e-5, atol=1e-6)
 
@@ -77,10 +82,11 @@ def test_trees_of_a_binary_label_answer_what_the_library_answers() -> None:
 def test_trees_of_a_number_answer_in_its_units() -> None:
     store = make_store("spend")
     task = prepared("regression", "spend", store)
-    model = HistGradientBoostingRegressor(**OPTIONS).fit(*known(store, "spend"))
+    fitted = models(HistGradientBoostingRegressor, store, "spend")
+    expected = np.mean([model.predict(store.features[:, :2]) for model in fitted], axis=0)
     answer = task.decode(torch.from_numpy(logits(task, store)))
     assert answer.std() > 0.3
-    np.testing.assert_allclose(answer, model.predict(store.features[:, :2]), rtol=1e-4)
+    np.testing.assert_allclose(answer, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("classes", [[0, 1, 2], [0, 2], [1, 2]])
@@ -88,13 +94,15 @@ def test_trees_of_classes_know_those_that_training_has_shown(classes: list[int])
     store = make_store("age")
     age = store.labels["age"]
     age[~np.isin(age, classes)] = -1
-    model = HistGradientBoostingClassifier(**OPTIONS).fit(*known(store, "age"))
+    fitted = models(HistGradientBoostingClassifier, store, "age")
     found = logits(prepared("multiclass", "age", store), store)
     probability = torch.from_numpy(found[:, classes]).softmax(1)
-    np.testing.assert_allclose(probability, model.predict_proba(store.features[:, :2]), atol=1e-5)
+    log_p = [np.log(model.predict_proba(store.features[:, :2])) for model in fitted]
+    expected = torch.from_numpy(np.mean(log_p, axis=0)).softmax(1)
+    np.testing.assert_allclose(probability, expected, atol=1e-5)
     unseen = [c for c in range(3) if c not in classes]
-    start = model._baseline_prediction.min()
-    assert (found[:, unseen] == np.float32(min(0.0, start) - UNSEEN)).all()
+    start = min(0.0, fitted[0]._baseline_prediction.min()) - UNSEEN
+    np.testing.assert_allclose(found[:, unseen], start, rtol=1e-5)
 
 
 def test_few_labels_or_labels_that_do_not_vary_get_no_trees() -> None:

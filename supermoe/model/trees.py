@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 LEAVES = 8  # of one tree at most
+MODELS = 3  # that are averaged: they draw other features, and err in other places
 NODES = 2 * LEAVES - 1
 
 
 class BoostedTrees(nn.Module):
-    """logits_c = start_c + the leaves that an example falls into in the trees of class c.
+    """logits_c = start_c + the leaves that an example falls into in the trees of class c, `rounds` of every model.
 
     A node sends an example to its left if the feature is at most the threshold, or missing and `missing_left`. A leaf
     is a node that leads to itself. Before `plant` all trees are a single leaf of value 0.
@@ -30,7 +31,7 @@ class BoostedTrees(nn.Module):
     def __init__(self, rounds: int, size: int):
         super().__init__()
         self.rounds = rounds
-        shape = (rounds * size, NODES)
+        shape = (MODELS * rounds * size, NODES)
         self.register_buffer("feature_TN", torch.zeros(shape, dtype=torch.int32))
         self.register_buffer("threshold_TN", torch.zeros(shape))
         self.register_buffer("missing_left_TN", torch.zeros(shape, dtype=torch.bool))
@@ -47,13 +48,15 @@ class BoostedTrees(nn.Module):
             x_BT = features_BP.gather(1, self.feature_TN.flatten()[node_BT].long()).float()
             left_BT = x_BT <= self.threshold_TN.flatten()[node_BT]
             left_BT = torch.where(x_BT.isnan(), self.missing_left_TN.flatten()[node_BT], left_BT)
-            node_BT = first_T + self.child_TN2.flatten(0, 1)[node_BT, (~left_BT).long()]
+            before_BT, node_BT = node_BT, first_T + self.child_TN2.flatten(0, 1)[node_BT, (~left_BT).long()]
+            if torch.equal(before_BT, node_BT):
+                break
         value_BT = self.leaf_TN.flatten()[node_BT]
         return self.start_C + value_BT.view(len(features_BP), -1, len(self.start_C)).sum(dim=1)
 
     @torch.no_grad()
     def plant(self, start_C: NDArray, trees: Mapping[int, NDArray]) -> None:
-        """Take over fitted trees by their place, class by class within each round; the other places stay at 0.
+        """Take over fitted trees by their place, class by class within each round of each model; others stay at 0.
 
         A tree is an array of nodes with the fields of scikit-learn's: `is_leaf`, `value`, `feature_idx`,
         `num_threshold`, `missing_go_to_left`, `left`, `right`.

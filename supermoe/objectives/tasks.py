@@ -18,7 +18,7 @@ from supermoe.objectives.ranking import NextItem, Retrieval
 from supermoe.objectives.task import MIN_PRIOR_LOSS, Labels, Scores, Task, TaskConfig, asked, repeat_row, set_rows
 from supermoe.typed_yaml import UserError
 
-MAX_BOOSTED = 64  # classes of which each can have trees of its own
+MAX_BOOSTED = 32  # classes of which each can have trees of its own
 TINY = 1e-6  # probability that is as good as none
 
 

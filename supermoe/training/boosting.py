@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from supermoe.data.batches import label_rows
 from supermoe.data.store import IdLists, Store, is_asked
-from supermoe.model.trees import LEAVES, BoostedTrees
+from supermoe.model.trees import LEAVES, MODELS, BoostedTrees
 from supermoe.objectives.task import Labels, Task, asked
 from supermoe.training.build import Run
 from supermoe.training.evaluation import Evaluation
@@ -73,7 +73,10 @@ def _plant(run: Run, names: list[str]) -> dict[str, BoostedTrees]:
 
 
 def fit_trees(task: Task, store: Store, rounds: int, seed: int) -> tuple[NDArray, dict[int, NDArray]] | None:
-    """Trees on the training examples' features, as `BoostedTrees.plant` wants them; None where labels are too few."""
+    """Trees on the training examples' features, as `BoostedTrees.plant` wants them; None where labels are too few.
+
+    They are the mean of several models: with seeds of their own, as each sees a part of the features at every split.
+    """
     label, rows = store.labels[task.name], store.rows_of("train")
     assert not isinstance(label, IdLists), "sets have no trees"
     rows = at_most(MAX_EXAMPLES, rows[is_asked(label)[rows]], seed)
@@ -82,24 +85,33 @@ def fit_trees(task: Task, store: Store, rounds: int, seed: int) -> tuple[NDArray
     features_nP = np.array(store.features[rows], np.float32)
     told = np.flatnonzero(~np.isnan(features_nP).all(axis=0))  # scikit-learn fails on features without any value
     target_n, size = np.array(label[rows]), task.head_spec().size
-    options = {**TREES, "max_iter": rounds, "random_state": seed}
     if task.config.type == "regression":
-        target_n = task.encode(torch.from_numpy(target_n))[:, 0].numpy()
-        model = HistGradientBoostingRegressor(**options).fit(features_nP[:, told], target_n)
+        kind, target_n = HistGradientBoostingRegressor, task.encode(torch.from_numpy(target_n))[:, 0].numpy()
     else:
-        model = HistGradientBoostingClassifier(**options).fit(features_nP[:, told], target_n.astype(int))
-    start_K = np.ravel(model._baseline_prediction)
-    places = [0] if size == 1 else model.classes_[-len(start_K) :]  # of two classes, trees tell the second
-    start_C = np.full(size, min(0.0, start_K.min()) - UNSEEN, np.float32)
-    if size > 1:
-        start_C[model.classes_] = 0.0
-    start_C[places] = start_K
-    trees = {}
-    for turn, predictors in enumerate(model._predictors):
-        for place, predictor in zip(places, predictors, strict=True):
-            nodes = trees[turn * size + place] = predictor.nodes.copy()
-            nodes["feature_idx"] = told[nodes["feature_idx"]]
+        kind, target_n = HistGradientBoostingClassifier, target_n.astype(int)
+    start_C, trees = np.zeros(size, np.float32), {}
+    for m in range(MODELS):
+        model = kind(**TREES, max_iter=rounds, random_state=MODELS * seed + m).fit(features_nP[:, told], target_n)
+        model_start_C, places = _start(model, size)
+        start_C += model_start_C / MODELS
+        for turn, predictors in enumerate(model._predictors):
+            for place, predictor in zip(places, predictors, strict=True):
+                nodes = trees[(m * rounds + turn) * size + place] = predictor.nodes.copy()
+                nodes["feature_idx"] = told[nodes["feature_idx"]]
+                nodes["value"] /= MODELS
     return start_C, trees
+
+
+def _start(model: Any, size: int) -> tuple[NDArray, Sequence[int]]:
+    """What a fitted model answers before its first tree [size], and which logits its trees add to."""
+    start_K = np.ravel(model._baseline_prediction)
+    if size == 1:
+        return start_K, [0]
+    places = model.classes_[-len(start_K) :]  # of two classes, trees tell the second
+    start_C = np.full(size, min(0.0, start_K.min()) - UNSEEN)
+    start_C[model.classes_] = 0.0
+    start_C[places] = start_K
+    return start_C, places
 
 
 def _chosen_share(run: Run, name: str, trees: BoostedTrees, validation: Evaluation) -> float:
