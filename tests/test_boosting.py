@@ -128,6 +128,16 @@ def test_the_share_follows_who_is_right() -> None:
     assert best_share(task, noise.sigmoid(), right[:, None], torch.full_like(labels, torch.nan)) == 0.0
 
 
+def test_only_labels_in_time_lean_to_halves() -> None:
+    """Ten examples on which the trees are a little worse."""
+    labels = torch.tensor([0.0, 1.0]).repeat(5)
+    network, trees = (labels - 0.5) * 2, (labels - 0.5) * 1.6
+    in_time, attribute = make_task("binary", "churn"), make_task("binary", "churn")
+    attribute.config = attribute.config.model_copy(update={"label": SimpleNamespace(attribute="plan")})
+    assert 0.4 <= best_share(in_time, network.sigmoid(), trees[:, None], labels) <= 0.5
+    assert best_share(attribute, network.sigmoid(), trees[:, None], labels) == 0.0
+
+
 def test_a_smaller_loss_is_not_bought_with_the_metric() -> None:
     """The network orders everyone rightly and is far too sure; the constant has the smaller loss."""
     task, labels = make_task("binary", "churn"), torch.tensor([0.0, 0.0, 1.0, 1.0])

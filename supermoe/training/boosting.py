@@ -32,7 +32,7 @@ TREES: dict[str, Any] = {
 MAX_EXAMPLES = 50_000  # of a task's; keeps their features in memory
 MIN_EXAMPLES = 4 * TREES["min_samples_leaf"]  # with fewer, trees can tell next to nothing apart
 SHARES = np.linspace(0, 1, 21)
-HALVES = 5.0  # nats of evidence that it takes to leave one side out: the next cut is another one
+HALVES = 5.0  # nats of evidence that it takes to leave one side out, as the next cut is another one
 UNSEEN = 3.0  # nats by which a class that trees have not seen is less likely than the rarest that they have
 
 
@@ -125,7 +125,8 @@ def _chosen_share(run: Run, name: str, trees: BoostedTrees, validation: Evaluati
 def best_share(task: Task, scores_n: Tensor, trees_nC: Tensor, labels: Labels) -> float:
     """The share of trees of least loss among those under which the task's metric is at least the network's.
 
-    The loss is that of all examples, and a prior that is least for halves: two models err together less than either.
+    Labels in time have a prior for halves: two models err together less than either. Attributes have none, as their
+    heads read bags, which trees do not.
 
     Args:
         scores_n: what the network answers, as `Task.decode` gives it.
@@ -139,5 +140,5 @@ def best_share(task: Task, scores_n: Tensor, trees_nC: Tensor, labels: Labels) -
         metrics.append(task.metrics({"score": task.decode(mixed_nC).numpy()}, labels)[task.main_metric])
     if not metrics[0] <= max(metrics):  # there is none
         return 0.0
-    total_S = np.array(losses) + HALVES * (2 * SHARES - 1) ** 2
-    return float(SHARES[np.where(np.array(metrics) >= metrics[0], total_S, np.inf).argmin()])
+    prior_S = 0.0 if task.is_static else HALVES * (2 * SHARES - 1) ** 2
+    return float(SHARES[np.where(np.array(metrics) >= metrics[0], np.array(losses) + prior_S, np.inf).argmin()])
