@@ -174,7 +174,7 @@ def test_a_run_answers_with_trees_where_validation_wants_them(boosted: Run) -> N
             assert with_trees.metrics[name] == pytest.approx(without.metrics[name], nan_ok=True)
     boost(boosted)
     assert boosted.tree_shares() == shares
-    before = {name: head.trees.leaf_TN.clone() for name, head in boosted.boosted_heads().items()}
+    before = {name: head.trees.leaf_WO.clone() for name, head in boosted.boosted_heads().items()}
     boost(boosted, dict.fromkeys(shares, 0.5))  # trees stay where there are some
     assert boosted.tree_shares() == shares
-    assert all(torch.equal(head.trees.leaf_TN, before[name]) for name, head in boosted.boosted_heads().items())
+    assert all(torch.equal(head.trees.leaf_WO, before[name]) for name, head in boosted.boosted_heads().items())

@@ -21,38 +21,38 @@ class BoostedTrees(nn.Module):
     is a node that leads to itself. Before `plant` all trees are a single leaf of value 0.
     """
 
-    feature_TN: Tensor
-    threshold_TN: Tensor
-    missing_left_TN: Tensor
-    child_TN2: Tensor
-    leaf_TN: Tensor
+    feature_WO: Tensor
+    threshold_WO: Tensor
+    missing_left_WO: Tensor
+    child_WO2: Tensor
+    leaf_WO: Tensor
     start_C: Tensor
 
     def __init__(self, rounds: int, size: int):
         super().__init__()
         self.rounds = rounds
         shape = (MODELS * rounds * size, NODES)
-        self.register_buffer("feature_TN", torch.zeros(shape, dtype=torch.int32))
-        self.register_buffer("threshold_TN", torch.zeros(shape))
-        self.register_buffer("missing_left_TN", torch.zeros(shape, dtype=torch.bool))
-        self.register_buffer("child_TN2", torch.zeros(*shape, 2, dtype=torch.int32))
-        self.register_buffer("leaf_TN", torch.zeros(shape))
+        self.register_buffer("feature_WO", torch.zeros(shape, dtype=torch.int32))
+        self.register_buffer("threshold_WO", torch.zeros(shape))
+        self.register_buffer("missing_left_WO", torch.zeros(shape, dtype=torch.bool))
+        self.register_buffer("child_WO2", torch.zeros(*shape, 2, dtype=torch.int32))
+        self.register_buffer("leaf_WO", torch.zeros(shape))
         self.register_buffer("start_C", torch.zeros(size))
 
     def forward(self, features_BP: Tensor) -> Tensor:
         """Features, NaN missing -> logits_BC."""
-        num_trees = len(self.feature_TN)
-        first_T = NODES * torch.arange(num_trees, device=features_BP.device)
-        node_BT = first_T.expand(len(features_BP), num_trees)
+        num_trees = len(self.feature_WO)
+        first_W = NODES * torch.arange(num_trees, device=features_BP.device)
+        node_BW = first_W.expand(len(features_BP), num_trees)
         for _ in range(LEAVES - 1):  # no tree is deeper
-            x_BT = features_BP.gather(1, self.feature_TN.flatten()[node_BT].long()).float()
-            left_BT = x_BT <= self.threshold_TN.flatten()[node_BT]
-            left_BT = torch.where(x_BT.isnan(), self.missing_left_TN.flatten()[node_BT], left_BT)
-            before_BT, node_BT = node_BT, first_T + self.child_TN2.flatten(0, 1)[node_BT, (~left_BT).long()]
-            if torch.equal(before_BT, node_BT):
+            x_BW = features_BP.gather(1, self.feature_WO.flatten()[node_BW].long()).float()
+            left_BW = x_BW <= self.threshold_WO.flatten()[node_BW]
+            left_BW = torch.where(x_BW.isnan(), self.missing_left_WO.flatten()[node_BW], left_BW)
+            before_BW, node_BW = node_BW, first_W + self.child_WO2.flatten(0, 1)[node_BW, (~left_BW).long()]
+            if torch.equal(before_BW, node_BW):
                 break
-        value_BT = self.leaf_TN.flatten()[node_BT]
-        return self.start_C + value_BT.view(len(features_BP), -1, len(self.start_C)).sum(dim=1)
+        value_BW = self.leaf_WO.flatten()[node_BW]
+        return self.start_C + value_BW.view(len(features_BP), -1, len(self.start_C)).sum(dim=1)
 
     @torch.no_grad()
     def plant(self, start_C: NDArray, trees: Mapping[int, NDArray]) -> None:
@@ -66,11 +66,11 @@ class BoostedTrees(nn.Module):
             leaf, itself = nodes["is_leaf"].astype(bool), np.arange(len(nodes))
             children = [np.where(leaf, itself, nodes[side]) for side in ("left", "right")]
             columns = {
-                self.feature_TN: np.where(leaf, 0, nodes["feature_idx"]),
-                self.threshold_TN: nodes["num_threshold"],
-                self.missing_left_TN: nodes["missing_go_to_left"].astype(bool),
-                self.child_TN2: np.stack(children, axis=1),
-                self.leaf_TN: np.where(leaf, nodes["value"], 0),
+                self.feature_WO: np.where(leaf, 0, nodes["feature_idx"]),
+                self.threshold_WO: nodes["num_threshold"],
+                self.missing_left_WO: nodes["missing_go_to_left"].astype(bool),
+                self.child_WO2: np.stack(children, axis=1),
+                self.leaf_WO: np.where(leaf, nodes["value"], 0),
             }
             for buffer, column in columns.items():
                 buffer[t, : len(nodes)] = torch.from_numpy(column.astype(np.float64)).to(buffer.dtype)

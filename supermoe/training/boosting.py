@@ -92,8 +92,8 @@ def fit_trees(task: Task, store: Store, rounds: int, seed: int) -> tuple[NDArray
     start_C, trees = np.zeros(size, np.float32), {}
     for m in range(MODELS):
         model = kind(**TREES, max_iter=rounds, random_state=MODELS * seed + m).fit(features_nP[:, told], target_n)
-        model_start_C, places = _start(model, size)
-        start_C += model_start_C / MODELS
+        its_start_C, places = _start(model, size)
+        start_C += its_start_C / MODELS
         for turn, predictors in enumerate(model._predictors):
             for place, predictor in zip(places, predictors, strict=True):
                 nodes = trees[(m * rounds + turn) * size + place] = predictor.nodes.copy()
@@ -140,5 +140,5 @@ def best_share(task: Task, scores_n: Tensor, trees_nC: Tensor, labels: Labels) -
         metrics.append(task.metrics({"score": task.decode(mixed_nC).numpy()}, labels)[task.main_metric])
     if not metrics[0] <= max(metrics):  # there is none
         return 0.0
-    prior_S = 0.0 if task.is_static else HALVES * (2 * SHARES - 1) ** 2
-    return float(SHARES[np.where(np.array(metrics) >= metrics[0], np.array(losses) + prior_S, np.inf).argmin()])
+    prior = 0.0 if task.is_static else HALVES * (2 * SHARES - 1) ** 2
+    return float(SHARES[np.where(np.array(metrics) >= metrics[0], np.array(losses) + prior, np.inf).argmin()])
