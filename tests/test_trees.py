@@ -30,6 +30,10 @@ def test_without_trees_every_answer_is_zero() -> None:
     assert BoostedTrees(3, 2)(torch.rand(4, 5)).tolist() == [[0.0, 0.0]] * 4
 
 
+def test_a_rank_may_be_dealt_nobody() -> None:
+    assert BoostedTrees(3, 2)(torch.rand(0, 5)).shape == (0, 2)
+
+
 def test_an_example_falls_left_up_to_the_threshold_and_where_missing_values_go() -> None:
     trees = BoostedTrees(2, 1)
     trees.plant(np.array([10.0]), {0: stump(1, 0.5, True, -1.0, 1.0), 1: stump(0, 0.25, False, -3.0, 3.0)})

@@ -52,7 +52,7 @@ class BoostedTrees(nn.Module):
             if torch.equal(before_BW, node_BW):
                 break
         value_BW = self.leaf_WO.flatten()[node_BW]
-        return self.start_C + value_BW.view(len(features_BP), -1, len(self.start_C)).sum(dim=1)
+        return self.start_C + value_BW.unflatten(1, (-1, len(self.start_C))).sum(dim=1)
 
     @torch.no_grad()
     def plant(self, start_C: NDArray, trees: Mapping[int, NDArray]) -> None:

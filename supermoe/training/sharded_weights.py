@@ -19,16 +19,17 @@ from supermoe.typed_yaml import UserError
 def save_weights(model: nn.Module, path: Path, world: World) -> None:
     """Publish all weights as one file: the first rank writes, the others send it their rows in turn.
 
-    It holds the rows of one rank of one parameter at a time, besides its own.
+    It holds the rows of one rank of one parameter at a time, besides its own. When it returns every rank can read them.
     """
     state = model.state_dict()
     if world.is_first:
         with publishing(path) as beside:
             write_weights(beside, state, _rows)
-        return
-    for name in writing_order(state):
-        for _ in _rows(state[name]):
-            pass
+    else:
+        for name in writing_order(state):
+            for _ in _rows(state[name]):
+                pass
+    world.first(lambda: None)  # the others wait until the first has published
 
 
 def load_weights(model: nn.Module, path: Path, remedy: str) -> None:
