@@ -191,7 +191,7 @@ class TrainingConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     ema: float | None = Field(0.98, gt=0, lt=1)  # decay per step of the averaged weights that count
     evaluate_every: int | None = Field(None, ge=1)  # steps; default: every epoch
-    patience: int | None = Field(None, ge=1)  # evaluations without improvement before stopping
+    patience: int | None = Field(None, ge=1)  # evaluations without improvement before stopping; None: see `build`
     refit: bool = True  # train again, for as long as was best, on train and validation cuts; that model is the result
     checkpoint_every: int = Field(200, ge=1)  # steps
     keep_checkpoints: int = Field(2, ge=1)

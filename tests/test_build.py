@@ -95,6 +95,7 @@ def test_a_run_is_as_long_as_its_tasks_need(
     training = config.training.model_copy(update={"epochs": None})
     trainer = build_run(config.model_copy(update={"tasks": kept, "training": training}), store).trainer
     assert trainer.num_steps == epochs * trainer.steps_per_epoch
+    assert trainer.config.patience == build.PATIENCE
 
 
 def test_large_logs_get_fewer_epochs(config: RunConfig, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

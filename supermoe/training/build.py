@@ -41,6 +41,7 @@ EPOCHS_OF_EVENTS = 30  # the values of fields are learnt along with what follows
 FEW_EXAMPLES = 100_000  # to see, some 200 steps: small logs need more epochs, up to those of events
 ENOUGH_EXAMPLES = 1_000_000  # likewise: large logs need fewer
 ENOUGH_EVENTS = 50_000_000
+PATIENCE = 5  # epochs without improvement that end a training whose length is open
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,10 @@ def _training(config: RunConfig, store: Store, heads: dict[str, HeadSpec]) -> Tr
     """What one training is told, its length decided: a refit gets half of the minutes."""
     told = config.training
     minutes = told.max_minutes / 2 if told.max_minutes and wants_refit(config, store) else told.max_minutes
-    return told.model_copy(update={"max_minutes": minutes, "epochs": num_epochs(config, heads, store)})
+    is_open = told.epochs is None and told.evaluate_every is None  # and evaluations are epochs
+    patience = told.patience or (PATIENCE if is_open else None)
+    epochs = num_epochs(config, heads, store)
+    return told.model_copy(update={"max_minutes": minutes, "epochs": epochs, "patience": patience})
 
 
 def num_epochs(config: RunConfig, heads: dict[str, HeadSpec], store: Store) -> int:
