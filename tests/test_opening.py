@@ -38,6 +38,15 @@ def test_duplicate_columns_of_parquet_are_seen_past_nested_ones(tmp_path):
         open_files(duckdb.connect(), str(tmp_path / "twice.parquet"), "key")
 
 
+def test_rows_are_numbered_over_the_files_of_a_set(tmp_path):
+    for name, values in (("b", [3]), ("a", [1, 2])):
+        pq.write_table(pa.table({"x": values}), tmp_path / f"{name}.parquet")
+    con = duckdb.connect()
+    raw = open_files(con, str(tmp_path), "key")
+    assert raw.num_rows == 3
+    assert con.execute(f"SELECT x, file_order FROM ({raw.ordered})").fetchall() == [(1, 0), (2, 1), (3, 2)]
+
+
 def test_frames_number_their_rows():
     con = duckdb.connect()
     raw = open_frame(con, pa.table({"x": ["b", "a"]}), "frame", "events")

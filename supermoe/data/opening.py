@@ -6,10 +6,12 @@ import csv
 import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from supermoe.data.sql import EMPTY, complaint, quote, text
@@ -30,13 +32,17 @@ class CsvReading(Config):
 
 @dataclass(frozen=True)
 class Raw:
-    """A table as it was found. `scan` reads its columns; `ordered` also file_order BIGINT and file_name."""
+    """A table as it was found. `scan` reads its columns; `ordered` also file_order and file_name.
+
+    file_order BIGINT rises from row to row and file to file; it is below `num_rows` where that is known.
+    """
 
     key: str  # of the config, for messages
     place: str  # path or frame, for messages
     scan: str
     ordered: str
     types: dict[str, str]  # column -> DuckDB type
+    num_rows: int | None = None  # None: not without reading them
     has_statistics: bool = False  # least and greatest values are known without reading the rows
 
 
@@ -87,10 +93,11 @@ def open_files(
             raise UserError(f"{key}: decimal and nulls are for CSV, but {path} is Parquet; remove them.")
         for name in files:
             _check_names(_parquet_names(con, name, key), name, key)
-        listed = ", ".join(map(text, files))
-        scan, order = f"read_parquet([{listed}], union_by_name=true)", "(file_index::BIGINT << 40) + file_row_number"
+        scan = f"read_parquet([{', '.join(map(text, files))}], union_by_name=true)"
+        *starts, num_rows = accumulate((pq.read_metadata(name).num_rows for name in files), initial=0)
+        order = f"{starts}[file_index::BIGINT + 1] + file_row_number"
     else:
-        scan, order = _csv_scan(con, files, key, reading), "row_number() OVER () - 1"
+        scan, order, num_rows = _csv_scan(con, files, key, reading), "row_number() OVER () - 1", None
     types = _types(con, scan, path, key)
     if not is_parquet and _empty_texts(con, f"(FROM {scan} LIMIT {SNIFFED})", types):
         scan = f"{scan[:-1]}, sample_size=-1)"  # the type of what begins without values is told by all rows only
@@ -100,7 +107,7 @@ def open_files(
         scan = f"{scan[:-1]}, types={{{text(str(time_column))}: 'VARCHAR'}})"
         types[str(time_column)] = "VARCHAR"
     ordered = f"SELECT *, {order} AS file_order, filename AS file_name FROM {scan}"
-    return Raw(key, path, scan, ordered, types, has_statistics=is_parquet)
+    return Raw(key, path, scan, ordered, types, num_rows, has_statistics=is_parquet)
 
 
 def open_frame(con: duckdb.DuckDBPyConnection, frame: Any, name: str, key: str) -> Raw:
@@ -115,7 +122,7 @@ def open_frame(con: duckdb.DuckDBPyConnection, frame: Any, name: str, key: str) 
     _check_names(map(str, columns), "the frame", key)
     con.register(name, frame)
     ordered = f"SELECT *, row_number() OVER () - 1 AS file_order, 'the frame' AS file_name FROM {quote(name)}"
-    return Raw(key, "the frame", quote(name), ordered, _types(con, quote(name), "the frame", key))
+    return Raw(key, "the frame", quote(name), ordered, _types(con, quote(name), "the frame", key), len(frame))
 
 
 def _types(con: duckdb.DuckDBPyConnection, scan: str, place: str, key: str) -> dict[str, str]:

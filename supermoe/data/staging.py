@@ -51,6 +51,7 @@ def connect(memory_limit: str, threads: int | None, scratch: Path) -> duckdb.Duc
     con.execute("SET TimeZone = 'UTC'")
     con.execute("SET python_enable_replacements = false")
     con.execute(f"SET temp_directory = {text(str(scratch / 'spill'))}")
+    con.execute("SET enable_external_file_cache = false")  # every file is read once; sorts need the memory
     con.execute("SET enable_progress_bar = true")
     con.execute("SET enable_progress_bar_print = false")
     try:

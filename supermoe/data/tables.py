@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import duckdb
 
@@ -19,7 +20,7 @@ SAME_TYPE = "user ids are whole numbers in one table and text in another; all ar
 class SourceTables:
     """Names of the views that a source made.
 
-    events("user" BIGINT or VARCHAR, time TIMESTAMP in UTC, event VARCHAR, <columns>, file_order BIGINT for ties);
+    events("user" BIGINT or VARCHAR, time TIMESTAMP in UTC, event VARCHAR, <columns>, file_order for ties);
     users("user", <attributes>); tables: name -> view("user", time, <columns>).
     """
 
@@ -63,7 +64,8 @@ def attach(
     _check_types(logs)
     everything = [*logs, *others.values(), *([people] if people else [])]
     as_text = len({one.types["user"] for one in everything}) > 1
-    numbered = [_select(one, as_text, f"({n}::BIGINT << 56) + file_order AS file_order") for n, one in enumerate(logs)]
+    orders = _file_orders([one.raw.num_rows for one in logs])
+    numbered = [_select(one, as_text, f"{order} AS file_order") for one, order in zip(logs, orders, strict=True)]
     con.execute(
         f"CREATE OR REPLACE VIEW source_events AS {_with_items(con, ' UNION ALL BY NAME '.join(numbered), logs, items)}"
     )
@@ -108,6 +110,17 @@ def _select(table: Readable, as_text: bool, *more: str) -> str:
     user = 'CAST("user" AS VARCHAR) AS "user"' if as_text else '"user"'
     others = [quote(name) for name in table.types if name != "user"]
     return f"SELECT {', '.join([user, *others, *more])} FROM ({table.sql})"
+
+
+def _file_orders(sizes: list[int | None]) -> list[str]:
+    """The file_order of each of several tables behind those before it; of four bytes where that is known to be enough.
+
+    A sort by (user, time, file_order) takes more than twice as long with eight.
+    """
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes) or sum(known) > 2**32:
+        return [f"({n}::BIGINT << 56) + file_order" for n in range(len(sizes))]
+    return [f"CAST({start} + file_order AS UINTEGER)" for start in accumulate(known[:-1], initial=0)]
 
 
 def _differ(one: str, other: str) -> bool:
