@@ -13,8 +13,9 @@ Attributes of the users table cannot leak into the input: no field, feature or c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from supermoe.data.store import is_asked
 from supermoe.typed_yaml import UserError, format_duration, format_instant
 
 BLOCK = 1_000_000  # events or examples looked at at a time
+MAX_THREADS = 4  # that hold a block each
 SAMPLE = 1_000  # texts that must all be dates for their column to be taken for one
 
 
@@ -78,19 +80,20 @@ class _Evidence:
         size = self.staged.num_events
         return ((first, min(first + BLOCK, size)) for first in range(0, size, BLOCK))
 
+    def example_blocks(self) -> Iterator[int]:
+        """First rows of blocks of examples."""
+        return iter(range(0, len(np.load(self.folder / "examples/user.npy", mmap_mode="r")), BLOCK))
+
+    def examples_from(self, first: int) -> dict[str, np.ndarray]:
+        """A block of the examples' columns, with the range of events that belong to their users."""
+        columns = ("user", "cut", "visible", "split")
+        block = {name: self.read(f"examples/{name}", first, first + BLOCK) for name in columns}
+        start, end = self.offsets[block["user"]], self.offsets[block["user"] + 1]
+        return block | {"first": np.int64(first), "start": start, "end": end}
+
     def examples(self) -> Iterator[dict[str, np.ndarray]]:
-        """Blocks of the examples' columns, with the range of events that belong to their users."""
-        size = len(np.load(self.folder / "examples/user.npy", mmap_mode="r"))
-        for first in range(0, size, BLOCK):
-            block = {
-                name: self.read(f"examples/{name}", first, first + BLOCK)
-                for name in ("user", "cut", "visible", "split")
-            }
-            yield block | {
-                "first": np.int64(first),
-                "start": self.offsets[block["user"]],
-                "end": self.offsets[block["user"] + 1],
-            }
+        """All blocks of examples in turn."""
+        return map(self.examples_from, self.example_blocks())
 
     def is_training(self, first: int, end: int) -> np.ndarray:
         """Bool per event row: may vocabularies be fitted on it."""
@@ -102,34 +105,43 @@ class _Evidence:
 
 def _order(store: _Evidence) -> Iterator[str]:
     """Histories rise in time; `visible` parts them at the cut."""
-    for first, end in store.event_blocks():
-        begin = max(first - 1, 0)
-        time = store.read("events/time", begin, end)
-        back = time[1:] < time[:-1]
-        starts = store.offsets[np.searchsorted(store.offsets, begin + 1) : np.searchsorted(store.offsets, end)]
-        back[starts - begin - 1] = False  # another user's history begins
-        if back.any():
-            row = begin + 1 + int(np.argmax(back))
-            yield f"event row {row} lies before the one that it follows in its user's history"
-            break
-    seen, missed = 0, 0
-    for block in store.examples():
-        cut, visible, start, stop = block["cut"], block["visible"], block["start"], block["end"]
-        low = int(start.min())
-        time = np.append(store.read("events/time", low, int(stop.max())), 0)
-        inside = (visible >= 0) & (visible <= stop - start)
-        after = np.where(inside, start + visible - low, 0)  # row of the first invisible event
-        if store.plan.by_position:
-            held_out = np.where(block["split"] == SPLITS["test"], 1, 2)
-            late, early = visible > stop - start - held_out, visible < stop - start - held_out
-        else:
-            late = (visible > 0) & (time[after - 1] >= cut)
-            early = (after < stop - low) & (time[after] < cut)
-        seen, missed = seen + int((late | ~inside).sum()), missed + int((early & inside).sum())
+    with ThreadPoolExecutor(MAX_THREADS) as pool:  # numpy lets go of the interpreter
+        rows = [row for row in pool.map(partial(_falling_row, store), store.event_blocks()) if row is not None]
+        counts = [*pool.map(partial(_seen_and_missed, store), store.example_blocks())]
+    if rows:
+        yield f"event row {rows[0]} lies before the one that it follows in its user's history"
+    seen, missed = (sum(found) for found in zip(*counts, strict=True)) if counts else (0, 0)
     if seen:
         yield f"{seen} examples see an event at or after their cut"
     if missed:
         yield f"{missed} examples do not see every event before their cut"
+
+
+def _falling_row(store: _Evidence, block: tuple[int, int]) -> int | None:
+    """The first event row of a block that lies before the one it follows in its user's history."""
+    begin, end = max(block[0] - 1, 0), block[1]
+    time = store.read("events/time", begin, end)
+    back = time[1:] < time[:-1]
+    starts = store.offsets[np.searchsorted(store.offsets, begin + 1) : np.searchsorted(store.offsets, end)]
+    back[starts - begin - 1] = False  # another user's history begins
+    return begin + 1 + int(np.argmax(back)) if back.any() else None
+
+
+def _seen_and_missed(store: _Evidence, first: int) -> tuple[int, int]:
+    """How many examples of a block see an event at or after their cut, and how many do not see all before it."""
+    block = store.examples_from(first)
+    cut, visible, start, stop = block["cut"], block["visible"], block["start"], block["end"]
+    low = int(start.min())
+    time = np.append(store.read("events/time", low, int(stop.max())), 0)
+    inside = (visible >= 0) & (visible <= stop - start)
+    after = np.where(inside, start + visible - low, 0)  # row of the first invisible event
+    if store.plan.by_position:
+        held_out = np.where(block["split"] == SPLITS["test"], 1, 2)
+        late, early = visible > stop - start - held_out, visible < stop - start - held_out
+    else:
+        late = (visible > 0) & (time[after - 1] >= cut)
+        early = (after < stop - low) & (time[after] < cut)
+    return int((late | ~inside).sum()), int((early & inside).sum())
 
 
 def _windows(store: _Evidence) -> Iterator[str]:
