@@ -29,9 +29,9 @@ def write_events(staged: Staged, vocabularies: Vocabularies, writer: StoreWriter
     with ThreadPoolExecutor() as pool:  # Arrow and numpy let go of the interpreter while they encode
         for batch in _stream(staged, vocabularies):
             encoded = pool.map(lambda encoder, batch=batch: encoder.append(batch[encoder.name]), encoders)
-            micros = batch["time"].to_numpy()
-            time.append(micros // 1_000_000)
-            duplicates.add(batch["user_row"].to_numpy(), micros, batch["fingerprint"].to_numpy())
+            seconds = batch["time"].to_numpy()
+            time.append(seconds)
+            duplicates.add(batch["user_row"].to_numpy(), seconds, batch["fingerprint"].to_numpy())
             list(encoded)  # raises what a thread raised
     for column in (time, *(column for encoder in encoders for column in encoder.columns)):
         column.close()
@@ -51,13 +51,10 @@ def write_users(staged: Staged, writer: StoreWriter) -> None:
 def _stream(staged: Staged, vocabularies: Vocabularies) -> Iterator[pa.Table]:
     """The log in its order, at least `BATCH_ROWS` rows at a time.
 
-    Columns: user_row, time in microseconds, a hash of the whole row, and every field as its encoder reads it.
+    Columns: user_row, time in whole seconds, a hash of the whole row, and every field as its encoder reads it.
     """
-    selected = [
-        "user_row",
-        "epoch_us(time) AS time",
-        f"hash({', '.join(map(quote, staged.column_types))}) AS fingerprint",
-    ]
+    hashed = ", ".join(map(quote, ["time", *staged.column_types]))
+    selected = ["user_row", "CAST(floor(epoch(time)) AS BIGINT) AS time", f"hash({hashed}) AS fingerprint"]
     for name, field in staged.fields.items():
         column = f"CAST({quote(name)} AS DOUBLE)"
         if field.kind != "number":

@@ -89,16 +89,16 @@ class _Numbering:
         """user_row, position and row of the next rows; a change of `key` is where another user's begin."""
         row = np.arange(self._num_rows, self._num_rows + len(key))
         last_key, last_user, last_first = self._last
-        begins = np.append(key[0] != last_key, key[1:] != key[:-1])
-        users = np.append(last_user, self._user_rows(key[begins]))
+        begins = np.flatnonzero(np.append(key[0] != last_key, key[1:] != key[:-1]))
+        users = np.append(last_user, self._user_rows(key[begins]))  # the last one so far may go on
         firsts = np.append(last_first, row[begins])
-        which = np.cumsum(begins)  # of these users; 0: the last one so far
+        lengths = np.diff(begins, prepend=0, append=len(key))
         self._keys.append(key[begins])
         self._first_rows.append(row[begins])
         self._num_rows += len(key)
         self._last = key[-1], int(users[-1]), int(firsts[-1])
-        user_row, position = users[which].astype(self.dtype), (row - firsts[which]).astype(self.dtype)
-        return {"user_row": user_row, "position": position, "row": row}
+        position = (row - np.repeat(firsts, lengths)).astype(self.dtype)
+        return {"user_row": np.repeat(users.astype(self.dtype), lengths), "position": position, "row": row}
 
     def _user_rows(self, key: np.ndarray) -> np.ndarray:
         """Ranks of the next users among those with events and those listed."""
@@ -117,7 +117,7 @@ class _Numbering:
 def _write(reader: pa.RecordBatchReader, num_events: int, listed: np.ndarray, folder: Path) -> pa.Table:
     """Write log.parquet and log_sample.parquet; returns the users with events, see `_Numbering`.
 
-    A thread of its own writes while DuckDB merges.
+    A thread of its own numbers and writes while DuckDB merges.
     """
     numbering = _Numbering(num_events, listed)
     number = pa.from_numpy_dtype(numbering.dtype)
@@ -131,7 +131,11 @@ def _write(reader: pa.RecordBatchReader, num_events: int, listed: np.ndarray, fo
         progress("sort the log", num_events) as bar,
     ):
 
-        def write(table: pa.Table, row: np.ndarray) -> None:
+        def write(table: pa.Table) -> None:
+            numbers = numbering.take(table["_key"].to_numpy())
+            table, row = table.remove_column(0), numbers["row"]
+            for name in ("user_row", "position"):
+                table = table.append_column(name, pa.array(numbers[name]))
             log.write_table(table, row_group_size=GROUP_ROWS)
             scrambled = row.astype(np.uint32) * np.uint32(2654435761)
             chosen = np.flatnonzero(scrambled < int(share * 2**32))
@@ -139,12 +143,8 @@ def _write(reader: pa.RecordBatchReader, num_events: int, listed: np.ndarray, fo
 
         writing: Future[Any] = thread.submit(int)
         for table in in_portions(reader, GROUP_ROWS):
-            numbers = numbering.take(table["_key"].to_numpy())
-            table = table.remove_column(0)
-            for name in ("user_row", "position"):
-                table = table.append_column(name, pa.array(numbers[name]))
             writing.result()
-            writing = thread.submit(write, table, numbers["row"])
+            writing = thread.submit(write, table)
             bar.update(len(table))
         writing.result()
     return numbering.users()
