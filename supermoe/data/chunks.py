@@ -20,7 +20,7 @@ from supermoe.data.splits import Plan
 from supermoe.data.staging import Staged
 from supermoe.typed_yaml import ALL_TIME
 
-# a chunk ends where its shares of these add up to one
+# per GB of DuckDB's memory limit; a chunk ends where its shares of these add up to one
 EVENTS, EXAMPLES, VISIBLE = 4_000_000, 100_000, 6_000_000
 
 
@@ -57,7 +57,9 @@ def chunks(staged: Staged, plan: Plan) -> Iterator[Chunk]:
     ).fetchnumpy()
     first_row, num_events = people["first_row"].astype(np.int64), people["num_events"].astype(np.int64)
     num_examples, visible = (np.ma.filled(people[name], 0).astype(np.float64) for name in ("num_examples", "visible"))
-    share = np.cumsum(num_events / EVENTS + num_examples / EXAMPLES + visible / VISIBLE).astype(np.int64)
+    limit = con.execute("SELECT parse_formatted_bytes(current_setting('memory_limit'))").fetchall()[0][0] / 1e9
+    share = num_events / EVENTS + num_examples / EXAMPLES + visible / VISIBLE
+    share = np.cumsum(share / limit).astype(np.int64)
     edges = [0, *(np.flatnonzero(np.diff(share)) + 1), len(share)]
     first_example = 0
     for first, end in pairwise(edges):
