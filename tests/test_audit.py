@@ -12,6 +12,7 @@ import pytest
 from logs import frame, seconds, staged, task, time_split, write_store
 
 from supermoe.config import FeatureConfig
+from supermoe.data import audit as audit_module
 from supermoe.data.audit import CHECKS, audit
 from supermoe.data.splits import LeaveOneOut, UserFolds
 from supermoe.typed_yaml import UserError
@@ -121,6 +122,17 @@ def test_visible_beyond_the_history_is_caught(planted):
     _, folder, run = planted
     spoil(folder, "examples/visible", lambda visible: np.append(visible[:-1], 1000))
     caught(run, "order: 1 examples see an event at or after their cut")
+
+
+@pytest.mark.parametrize(("block", "span"), [(3, 4), (1, 1), (5, 1000)])
+def test_wherever_blocks_end_order_is_kept_and_checked(planted, monkeypatch, block, span):
+    _, folder, run = planted
+    monkeypatch.setattr(audit_module, "BLOCK", block)
+    monkeypatch.setattr(audit_module, "SPAN", span)
+    assert run() == list(CHECKS)
+    spoil(folder, "examples/visible", lambda visible: np.append(visible[:-2], [1000, visible[-1] - 1]))
+    message = caught(run, "order: 1 examples see an event at or after their cut")
+    assert "order: 1 examples do not see every event before their cut" in message
 
 
 def test_a_window_past_the_data_is_caught(planted):

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from supermoe.data.store import is_asked
 from supermoe.typed_yaml import UserError, format_duration, format_instant
 
 BLOCK = 1_000_000  # events or examples looked at at a time
-MAX_THREADS = 4  # that hold a block each
+SPAN = 4_000_000  # events of some users looked at together, a last user's in full
+MAX_THREADS = 4  # that do so side by side
 SAMPLE = 1_000  # texts that must all be dates for their column to be taken for one
 
 
@@ -130,13 +132,21 @@ def _falling_row(store: _Evidence, block: tuple[int, int]) -> int | None:
 def _seen_and_missed(store: _Evidence, first: int) -> tuple[int, int]:
     """How many examples of a block see an event at or after their cut, and how many do not see all before it."""
     block = store.examples_from(first)
-    cut, visible, start, stop = block["cut"], block["visible"], block["start"], block["end"]
+    edges = [0, *(np.flatnonzero(np.diff(block["start"] // SPAN)) + 1), len(block["start"])]
+    columns = [block[name] for name in ("cut", "visible", "start", "end", "split")]
+    counts = [_miscounted(store, *(values[a:b] for values in columns)) for a, b in pairwise(edges)]
+    return sum(seen for seen, _ in counts), sum(missed for _, missed in counts)
+
+
+def _miscounted(
+    store: _Evidence, cut: np.ndarray, visible: np.ndarray, start: np.ndarray, stop: np.ndarray, split: np.ndarray
+) -> tuple[int, int]:
     low = int(start.min())
     time = np.append(store.read("events/time", low, int(stop.max())), 0)
     inside = (visible >= 0) & (visible <= stop - start)
     after = np.where(inside, start + visible - low, 0)  # row of the first invisible event
     if store.plan.by_position:
-        held_out = np.where(block["split"] == SPLITS["test"], 1, 2)
+        held_out = np.where(split == SPLITS["test"], 1, 2)
         late, early = visible > stop - start - held_out, visible < stop - start - held_out
     else:
         late = (visible > 0) & (time[after - 1] >= cut)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from supermoe.data.sql import EMPTY, complaint, quote, text
@@ -94,7 +93,7 @@ def open_files(
         for name in files:
             _check_names(_parquet_names(con, name, key), name, key)
         scan = f"read_parquet([{', '.join(map(text, files))}], union_by_name=true)"
-        *starts, num_rows = accumulate((pq.read_metadata(name).num_rows for name in files), initial=0)
+        *starts, num_rows = accumulate((_num_rows(con, name) for name in files), initial=0)
         order = f"{starts}[file_index::BIGINT + 1] + file_row_number"
     else:
         scan, order, num_rows = _csv_scan(con, files, key, reading), "row_number() OVER () - 1", None
@@ -154,6 +153,11 @@ def _parquet_names(con: duckdb.DuckDBPyConnection, name: str, key: str) -> list[
         names.append(column)
         _skip(rest, num_children or 0)
     return names
+
+
+def _num_rows(con: duckdb.DuckDBPyConnection, name: str) -> int:
+    """Rows of a Parquet file, from its footer."""
+    return con.execute(f"SELECT num_rows FROM parquet_file_metadata({text(name)})").fetchall()[0][0]
 
 
 def _skip(rows: Iterator[tuple[str, int]], count: int) -> None:
