@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import harness
 import numpy as np
@@ -84,13 +85,13 @@ def inputs(store: Store, found: np.ndarray, by_cut: dict[int, dict[str, np.ndarr
     return made
 
 
-def probe(store: Store, name: str, static: bool, by_cut: dict[int, dict[str, np.ndarray]], contender: str) -> float:
+def probe(store: Store, name: str, task: Any, by_cut: dict[int, dict[str, np.ndarray]], contender: str) -> float:
     """The test metric (AUC, mean over classes; R2 of numbers) of a linear model on a contender's inputs."""
-    label = np.asarray(store.labels[name])
+    label, static = np.asarray(store.labels[name]), task.label.attribute is not None
     learn, test = labelled(store, name, ["train", "valid"], static), labelled(store, name, ["test"], static)
     x_learn, x_test = (inputs(store, found, by_cut, contender) for found in (learn, test))
     users = store.examples.user[learn]
-    if label.dtype.kind == "f":
+    if task.type == "regression":
         folds = list(GroupKFold(5).split(x_learn, groups=users))
         model = make_pipeline(StandardScaler(), RidgeCV(alphas=1 / PENALTIES, cv=folds))
         error = label[test] - model.fit(x_learn, label[learn]).predict(x_test)
@@ -108,9 +109,9 @@ def probe(store: Store, name: str, static: bool, by_cut: dict[int, dict[str, np.
 def measure(config: RunConfig, artifact: Artifact, held_out: list[str], folder: Path) -> dict[str, dict[str, float]]:
     """Test metrics by task and contender; means over the folds of the users where the labels are static."""
     by_cut: dict[int, dict[str, np.ndarray]] = {}
-    static = {name: config.tasks[name].label.attribute is not None for name in held_out}
+    static = [name for name in held_out if config.tasks[name].label.attribute is not None]
     values: dict[str, dict[str, list[float]]] = {name: {which: [] for which in CONTENDERS} for name in held_out}
-    for fold in range(config.data.splits.users.folds if any(static.values()) else 1):
+    for fold in range(config.data.splits.users.folds if static else 1):
         users = config.data.splits.users.model_copy(update={"fold": fold})
         splits = config.data.splits.model_copy(update={"users": users})
         data = config.data.model_copy(update={"splits": splits, "store": folder / f"store{fold}"})
@@ -118,9 +119,9 @@ def measure(config: RunConfig, artifact: Artifact, held_out: list[str], folder: 
         for cut in np.unique(store.examples.cut).tolist():
             by_cut[cut] = by_cut.get(cut) or vectors(artifact, cut)
         for name in held_out:
-            if fold == 0 or static[name]:
+            if fold == 0 or name in static:
                 for which in CONTENDERS:
-                    values[name][which].append(probe(store, name, static[name], by_cut, which))
+                    values[name][which].append(probe(store, name, config.tasks[name], by_cut, which))
     return {name: {which: statistics.fmean(found) for which, found in of.items()} for name, of in values.items()}
 
 
