@@ -92,8 +92,10 @@ def open_files(
             raise UserError(f"{key}: decimal and nulls are for CSV, but {path} is Parquet; remove them.")
         for name in files:
             _check_names(_parquet_names(con, name, key), name, key)
-        scan = f"read_parquet([{', '.join(map(text, files))}], union_by_name=true)"
-        *starts, num_rows = accumulate((_num_rows(con, name) for name in files), initial=0)
+        listed = f"[{', '.join(map(text, files))}]"
+        rows = dict(con.execute(f"SELECT file_name, num_rows FROM parquet_file_metadata({listed})").fetchall())
+        *starts, num_rows = accumulate(map(rows.__getitem__, files), initial=0)
+        scan = f"read_parquet({listed}, union_by_name=true)"
         order = f"{starts}[file_index::BIGINT + 1] + file_row_number"
     else:
         scan, order, num_rows = _csv_scan(con, files, key, reading), "row_number() OVER () - 1", None
@@ -153,11 +155,6 @@ def _parquet_names(con: duckdb.DuckDBPyConnection, name: str, key: str) -> list[
         names.append(column)
         _skip(rest, num_children or 0)
     return names
-
-
-def _num_rows(con: duckdb.DuckDBPyConnection, name: str) -> int:
-    """Rows of a Parquet file, from its footer."""
-    return con.execute(f"SELECT num_rows FROM parquet_file_metadata({text(name)})").fetchall()[0][0]
 
 
 def _skip(rows: Iterator[tuple[str, int]], count: int) -> None:
