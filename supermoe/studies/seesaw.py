@@ -24,6 +24,7 @@ from supermoe.data.store import Store
 from supermoe.model.readouts import REGISTRY as READOUTS
 from supermoe.objectives.balancers import REGISTRY as BALANCERS
 from supermoe.objectives.task import Task
+from supermoe.studies.baselines import boosting
 from supermoe.studies.seesaw_report import write_seesaw_report
 from supermoe.studies.seesaw_runs import ALONE, GRADIENTS, Training, carry_out, plan, progress, threads_per_training
 from supermoe.studies.seesaw_table import Answers, aligned, compare, metric_of, read_predictions
@@ -75,6 +76,9 @@ def study(request: Request) -> dict[str, Any]:
             publish_teachers(singles, out / TEACHERS)
             carry_out(trainings, request.jobs, bar)
         result = _head(request, base) | summarise(tasks, store, request.split, trainings, _optimal(source))
+        if base.report.boosting:
+            for name, metrics in boosting(store, tasks, request.split).items():
+                result["tasks"][name]["boosting"] = metrics[tasks[name].main_metric]
         publish_text(out / "seesaw.json", json.dumps(finite(result), indent=1) + "\n")
         write_seesaw_report(out, result)
     return result

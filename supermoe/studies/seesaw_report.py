@@ -71,10 +71,12 @@ def method_rows(result: dict[str, Any]) -> Rows:
 
 
 def metric_rows(result: dict[str, Any]) -> Rows:
-    """One row per task: its metric by the prior, alone and under each method."""
-    rows = [["task", "users", "metric", "prior", "alone", *result["methods"]]]
+    """One row per task: its metric by the prior, by boosting where it was asked for, alone and under each method."""
+    told = ["prior", *(["boosting"] if any("boosting" in row for row in result["tasks"].values()) else [])]
+    rows = [["task", "users", "metric", *told, "alone", *result["methods"]]]
     for task, row in result["tasks"].items():
-        values = [row["prior"], row["alone"]["mean"], *(found["mean"] for found in row["methods"].values())]
+        values = [row.get(key) for key in told]
+        values += [row["alone"]["mean"], *(found["mean"] for found in row["methods"].values())]
         rows.append([task, f"{row['users']:,}", row["metric"], *map(_number, values)])
     return rows
 

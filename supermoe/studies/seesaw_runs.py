@@ -24,6 +24,7 @@ from supermoe.config import RunConfig, load_run
 from supermoe.data.disk import publish_text
 from supermoe.data.store import Store
 from supermoe.studies.gradients import gradient_cosines
+from supermoe.training.boosting import boost
 from supermoe.training.build import build_run
 from supermoe.training.checkpoint import FREE_KEYS
 from supermoe.training.environment import write_environment
@@ -164,12 +165,16 @@ def train(folder: Path) -> None:
         run.trainer.resume()
         write_environment(folder)
         run.trainer.fit()
-        answers = ["train"] if len(config.tasks) == 1 else []  # from which a model of all tasks may learn
-        for split in (*answers, "valid", "test"):
+        answers = folder / "predictions"
+        if len(config.tasks) == 1 and not (answers / "train").exists():
+            # A model of all tasks may learn from these: the network's, as trees know these labels by heart.
+            write_predictions(answers, run.store, run.tasks, run.evaluate("train"))
+        publish_text(folder / GRADIENTS, json.dumps(gradient_cosines(run)))
+        boost(run)
+        for split in ("valid", "test"):
             if len(run.store.rows_of(split)):
                 evaluation = run.evaluate(split)
-                write_predictions(folder / "predictions", run.store, run.tasks, evaluation)
-        publish_text(folder / GRADIENTS, json.dumps(gradient_cosines(run)))
+                write_predictions(answers, run.store, run.tasks, evaluation)
         write_report(folder, run.tasks, evaluation, {}, run.facts(), plots=False)
 
 

@@ -18,7 +18,6 @@ from supermoe.training.warm_start import CHUNK, at_most, network_inputs
 MAX_EXAMPLES = 20_000  # enough to tell correlations of some hundredths from none
 MAX_CLASSES = 64  # of a task, its most frequent ones: what tells the rare ones is mostly noise
 TINY = 1e-9  # variance of what does not vary, up to rounding
-LEAST = 0.01  # weight of an input that tells nothing, beside that of the one that tells most
 
 
 def weigh_inputs(model: Any, tasks: Mapping[str, Task], store: Store, seed: int) -> None:
@@ -26,8 +25,9 @@ def weigh_inputs(model: Any, tasks: Mapping[str, Task], store: Store, seed: int)
 
     An input has the weight it has for the task to which it matters most; the best one of each task weighs alike, and
     the inputs together vary as much as before. Small steps of gradient descent learn first, and regularisation leaves
-    longest, what comes in large: a few strong features are not drowned in thousands of inputs. Static attributes,
-    whose heads read the features themselves, and rankings are not asked.
+    longest, what comes in large: a few strong features are not drowned in thousands of inputs. Half of the size is for
+    all inputs alike, as some tell nothing but together with others. Static attributes, whose heads read the features
+    themselves, and rankings are not asked.
     """
     encoder = model.indicators.features
     rows = at_most(MAX_EXAMPLES, store.rows_of("train"), seed)
@@ -43,7 +43,7 @@ def weigh_inputs(model: Any, tasks: Mapping[str, Task], store: Store, seed: int)
     squares, variance_J = squared_correlations(inputs, targets)
     told_J = torch.stack([square_J / square_J.max().clamp(min=1e-12) for square_J in squares]).amax(0)
     if told_J.any():
-        weight_J = told_J.sqrt().clamp(min=LEAST)
+        weight_J = (told_J + told_J.mean()).sqrt()
         encoder.weigh(weight_J * (variance_J.sum() / (variance_J * weight_J.square()).sum()).sqrt())
 
 
