@@ -3,7 +3,7 @@
     python benchmarks/seesaw.py NAME --config FILE [--seeds 3] [--methods a,b] [--jobs 1] [a.b=c ...]
 
 Everything after NAME goes to supermoe.seesaw; what is trained already is used again. Writes
-benchmarks/results/seesaw_NAME.json: the study's numbers without its curves.
+benchmarks/results/seesaw_NAME.json: the study's numbers without what happened inside the trainings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "supermoe.seesaw", *arguments, "--out", str(out)], check=True)
     result = json.loads((out / "seesaw.json").read_text(encoding="utf-8"))
     for method in result["methods"].values():
-        del method["weights"]
+        del method["weights"], method["gradients"], method["experts"]
     result["overrides"] = [harness.public(word) for word in result["overrides"]]
     print(harness.write(f"seesaw_{name}", [result]))
 

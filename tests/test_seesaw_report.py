@@ -61,14 +61,30 @@ def test_the_best_method_comes_first_and_the_others_are_behind_it(result: dict) 
 
 
 def test_rows_of_tasks(result: dict) -> None:
-    assert metric_rows(result)[1:] == [
-        ["churn", "1,200", "auc", "0.5000", "0.6000", "0.5500", "0.6500"],
-        ["spend", "90", "r2", "0.0000", "-", "-", "-"],
+    assert metric_rows(result) == [
+        ["", "churn", "spend"],
+        ["users", "1,200", "90"],
+        ["metric", "auc", "r2"],
+        ["prior", "0.5000", "0.0000"],
+        ["alone", "0.6000", "-"],
+        ["slow", "0.6500", "-"],
+        ["equal", "0.5500", "-"],
     ]
-    assert gain_rows(result)[1] == ["churn", "**-0.0500 [-0.0600, -0.0400]**", "+0.0500 [+0.0400, +0.0600]"]
-    assert optimal_rows(result)[1:] == [["churn", "0.7000", "50.0%", "25.0%", "75.0%"]]
-    assert text_table(gain_rows(result)).splitlines()[0].split() == ["task", "equal", "slow"]
+    assert gain_rows(result)[2][:2] == ["equal", "**-0.0500 [-0.0600, -0.0400]**"]
+    assert gain_rows(result)[1] == ["slow", "+0.0500 [+0.0400, +0.0600]", "- [-, -]"]
+    assert optimal_rows(result)[1:] == [
+        ["best possible", "0.7000"],
+        ["alone", "50.0%"],
+        ["slow", "75.0%"],
+        ["equal", "25.0%"],
+    ]
+    assert text_table(gain_rows(result)).splitlines()[0].split() == ["method", "churn", "spend"]
     assert markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+def test_boosting_has_a_row_where_it_was_asked_for(result: dict) -> None:
+    result["tasks"]["churn"]["boosting"] = 0.62
+    assert metric_rows(result)[4] == ["boosting", "0.6200", "-"]
 
 
 def test_the_report_says_what_it_was_made_of(result: dict, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from supermoe.data.disk import publish_text
+from supermoe.studies.seesaw_runs import ALONE
 
 Rows = list[list[str]]
 
@@ -57,12 +58,12 @@ def _introduction(result: dict[str, Any]) -> str:
 
 def method_rows(result: dict[str, Any]) -> Rows:
     """One row per method, best mean gain first."""
-    order = sorted(result["methods"], key=lambda name: -result["methods"][name]["mean_gain"])
+    first, *_ = order = _best_first(result)
     rows = [["method", "losers", "mean gain", "95 %", "behind", "mean rank", "ms a step"]]
     for name in order:
         row, behind = result["methods"][name], "-"
-        if name != order[0]:
-            difference = result["differences"][name][order[0]]
+        if name != first:
+            difference = result["differences"][name][first]
             behind = f"{difference['mean']:+.4f} {_interval(difference['interval'])}"
         losers = f"{len(row['losers'])}" + (f" ({', '.join(row['losers'])})" if row["losers"] else "")
         numbers = [f"{row['mean_gain']:+.4f}", _interval(row["interval"]), behind, f"{row['mean_rank']:.2f}"]
@@ -71,38 +72,51 @@ def method_rows(result: dict[str, Any]) -> Rows:
 
 
 def metric_rows(result: dict[str, Any]) -> Rows:
-    """One row per task: its metric by the prior, by boosting where it was asked for, alone and under each method."""
-    told = ["prior", *(["boosting"] if any("boosting" in row for row in result["tasks"].values()) else [])]
-    rows = [["task", "users", "metric", *told, "alone", *result["methods"]]]
+    """A column per task: its metric by the prior, by boosting where it was asked for, alone and under each method."""
+    boosted = ["boosting"] if any("boosting" in row for row in result["tasks"].values()) else []
+    order = _best_first(result)
+    columns = [["", "users", "metric", "prior", *boosted, ALONE, *order]]
     for task, row in result["tasks"].items():
-        values = [row.get(key) for key in told]
-        values += [row["alone"]["mean"], *(found["mean"] for found in row["methods"].values())]
-        rows.append([task, f"{row['users']:,}", row["metric"], *map(_number, values)])
-    return rows
+        values = [row["prior"], *(row.get(key) for key in boosted), row[ALONE]["mean"]]
+        values += [row["methods"][name]["mean"] for name in order]
+        columns.append([task, f"{row['users']:,}", row["metric"], *map(_number, values)])
+    return _turned(columns)
 
 
 def gain_rows(result: dict[str, Any]) -> Rows:
-    """One row per task: gain over alone with its interval; losers are marked."""
-    rows = [["task", *result["methods"]]]
+    """A column per task, a row per method: gain over alone with its interval; losers are marked."""
+    order = _best_first(result)
+    columns = [["method", *order]]
     for task, row in result["tasks"].items():
         cells = []
-        for found in row["methods"].values():
+        for found in (row["methods"][name] for name in order):
             text = f"{_number(found['gain'], '+.4f')} {_interval(found['interval'])}"
             cells.append(f"**{text}**" if found["loses"] else text)
-        rows.append([task, *cells])
-    return rows
+        columns.append([task, *cells])
+    return _turned(columns)
 
 
 def optimal_rows(result: dict[str, Any]) -> Rows:
-    """One row per task with known best scores: what share of their gain over the prior was reached."""
-    rows = [["task", "best possible", "alone", *result["methods"]]]
+    """A column per task with known best scores: what share of their gain over the prior was reached."""
+    order = _best_first(result)
+    columns = [["", "best possible", ALONE, *order]]
     for task, row in result["tasks"].items():
         if "optimal" in row:
             span = row["optimal"] - row["prior"]
-            values = [row["alone"]["mean"], *(found["mean"] for found in row["methods"].values())]
+            values = [row[ALONE]["mean"], *(row["methods"][name]["mean"] for name in order)]
             shares = [f"{(value - row['prior']) / span:.1%}" for value in values]
-            rows.append([task, _number(row["optimal"]), *shares])
-    return rows
+            columns.append([task, _number(row["optimal"]), *shares])
+    return _turned(columns)
+
+
+def _best_first(result: dict[str, Any]) -> list[str]:
+    """The methods by their mean gain."""
+    return sorted(result["methods"], key=lambda name: -result["methods"][name]["mean_gain"])
+
+
+def _turned(columns: Rows) -> Rows:
+    """Columns as rows."""
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def markdown(rows: Rows) -> str:
