@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from supermoe.config import load_run
 from supermoe.data.store import Store
 from supermoe.seesaw import main
 from supermoe.studies import seesaw, seesaw_runs
+from supermoe.training.build import Run
 from supermoe.typed_yaml import UserError
 
 COMMAND = ["--config", "config.yaml", "--seeds", "1", "--methods", "seesaw,shared_bottom"]
@@ -118,6 +120,33 @@ def test_what_is_trained_is_used_again_and_what_was_stopped_goes_on(
         configs, 1, Path("run/seesaw"), Store.open(Path("run/store")).fingerprint, threads=1, epochs=6
     )
     assert not other.is_done  # another config is another training
+
+
+def test_trees_answer_beside_the_networks_but_teach_nobody(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = next(Path("run/seesaw/runs").glob("alone.churn-*"))
+    answers, measured = (folder / "predictions" / split / "churn.parquet" for split in ("train", "test"))
+    taught, calls = answers.read_bytes(), []
+
+    def boost(run: Run) -> None:
+        calls.append((answers.read_bytes(), measured.exists()))
+
+    monkeypatch.setattr(seesaw_runs, "boost", boost)
+    shutil.rmtree(folder / "predictions")
+    seesaw_runs.train(folder)
+    measured.unlink()
+    answers.write_bytes(b"as they were")  # a training that was stopped after its trees had grown
+    seesaw_runs.train(folder)
+    assert calls == [(taught, False), (b"as they were", False)]
+    answers.write_bytes(taught)
+
+
+def test_boosting_on_the_same_features_can_stand_beside(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seesaw, "write_seesaw_report", lambda out, result: None)
+    monkeypatch.setattr(seesaw, "publish_text", lambda path, text: None)
+    request = seesaw.Request(Path("config.yaml"), ["report.boosting=true"], seeds=1, methods=["equal"])
+    found = seesaw.study(request)["tasks"]
+    assert all(0 <= row["boosting"] <= 1 for row in found.values())
+    assert "boosting" not in result()["tasks"]["churn"]
 
 
 def test_the_validation_split_can_be_reported_without_training(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
