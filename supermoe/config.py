@@ -145,6 +145,7 @@ class ModelConfig(Config):
     profile_dim: int = Field(64, ge=0)
     number_bins: int = Field(8, ge=2)  # knots of the piecewise-linear number encoding
     tree_rounds: int = Field(75, ge=0)  # of boosted trees that may answer beside a task's network; 0: none
+    habits: bool = True  # whether what a user chose before, counts that fade, may answer beside a ranking's network
     task_gradient: float = Field(0.1, ge=0, le=1)  # share of the tasks' gradient that reaches the history
     readout: Annotated[Any, Seat("supermoe.model.readouts")] = "indicator"
 

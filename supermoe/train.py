@@ -22,11 +22,11 @@ from supermoe.serving.export import export
 from supermoe.serving.population import Request
 from supermoe.serving.publication import make_room
 from supermoe.studies.measurement import write_measurement
-from supermoe.training.boosting import boost
 from supermoe.training.build import Run, build_run
 from supermoe.training.environment import write_environment
 from supermoe.training.evaluation import Evaluation
 from supermoe.training.refit import final_run, measured_run
+from supermoe.training.second_opinions import add_second_opinions
 from supermoe.typed_yaml import build, dump, parse_instant
 
 DAY = 86_400
@@ -51,12 +51,12 @@ def train(config: RunConfig, source: Any = None, world: World | None = None) -> 
     run.trainer.resume()  # first: a run of another config is not touched
     world.first(lambda: describe(config))
     run.trainer.fit()
-    boost(run)
+    add_second_opinions(run)
     final = final_run(run)
     if final is not run:
         world.first(lambda: tqdm.write("training again, on train and validation examples"))
         final.trainer.fit()
-        boost(final, run.tree_shares())
+        add_second_opinions(final, run.opinion_shares())
     measured = measured_run(run, run.measured_split, final)
     evaluation = measured.evaluate(run.measured_split)
     table = world.first(lambda: write_measurement(run, measured, evaluation))

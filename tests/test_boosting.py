@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from fake_run import make_task
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
-from supermoe.config import RunConfig
-from supermoe.data.sources import Frames
-from supermoe.data.store import Store
 from supermoe.model.trees import MODELS, BoostedTrees
 from supermoe.objectives.task import Task
-from supermoe.train import train
-from supermoe.training.boosting import MIN_EXAMPLES, TREES, UNSEEN, best_share, boost, fit_trees
-from supermoe.training.build import Run, build_run
-from supermoe.typed_yaml import validate
+from supermoe.training.boosting import MIN_EXAMPLES, TREES, UNSEEN, best_share, fit_trees
 
 SIZE, ROUNDS = 600, 5
 SEED = 3
@@ -144,37 +136,3 @@ def test_a_smaller_loss_is_not_bought_with_the_metric() -> None:
     sure = torch.tensor([-20.0, 19.0, 20.0, 30.0])
     share = best_share(task, sure.sigmoid(), torch.zeros(4, 1), labels)
     assert 0 < share < 1
-
-
-@pytest.fixture
-def boosted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A run of two steps on the tiny log, whose labels are enough for trees of few examples."""
-    monkeypatch.setattr("supermoe.training.boosting.MIN_EXAMPLES", 10)
-    monkeypatch.setitem(TREES, "min_samples_leaf", 5)
-    raw = tiny.make_config(tmp_path).model_dump(mode="json")
-    raw["training"]["max_steps"] = 2
-    config = validate(RunConfig, raw, "test")
-    train(config, Frames(events=tiny.make_log(), users=tiny.make_users()))
-    return build_run(config, Store.open(config.store))
-
-
-def test_a_run_answers_with_trees_where_validation_wants_them(boosted: Run) -> None:
-    with_trees = boosted.evaluate("valid")
-    shares = boosted.tree_shares()
-    assert any(shares.values())
-    for head in boosted.boosted_heads().values():
-        head.share.zero_()
-    boosted.trainer.save_best()
-    without = boosted.evaluate("valid")
-    for name, task in boosted.tasks.items():
-        main = task.main_metric
-        if shares.get(name):
-            assert with_trees.metrics[name][main] >= without.metrics[name][main]
-        else:
-            assert with_trees.metrics[name] == pytest.approx(without.metrics[name], nan_ok=True)
-    boost(boosted)
-    assert boosted.tree_shares() == shares
-    before = {name: head.trees.leaf_WO.clone() for name, head in boosted.boosted_heads().items()}
-    boost(boosted, dict.fromkeys(shares, 0.5))  # trees stay where there are some
-    assert boosted.tree_shares() == shares
-    assert all(torch.equal(head.trees.leaf_WO, before[name]) for name, head in boosted.boosted_heads().items())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from factories import make_batch
 
-from supermoe.model.packed import index_in_read, interleave, read_of_events
+from supermoe.model.packed import index_in_read, interleave, read_of_events, visible_events
 
 
 def test_read_and_index_of_events_skip_empty_reads() -> None:
@@ -12,6 +13,12 @@ def test_read_and_index_of_events_skip_empty_reads() -> None:
     read_N = read_of_events(offsets_S, 5)
     assert read_N.tolist() == [0, 0, 0, 2, 2]
     assert index_in_read(offsets_S, read_N).tolist() == [0, 1, 2, 0, 1]
+
+
+def test_an_example_sees_the_first_events_of_its_read() -> None:
+    example_R, event_R = visible_events(make_batch((3, 2, 0), ((1, 2), (0, 1), (2, 0), (0, 3))))
+    assert example_R.tolist() == [0, 0, 1, 3, 3, 3]
+    assert event_R.tolist() == [3, 4, 0, 0, 1, 2]
 
 
 def test_interleave_puts_new_rows_behind_the_old_ones_of_their_read() -> None:

@@ -122,15 +122,15 @@ def test_what_is_trained_is_used_again_and_what_was_stopped_goes_on(
     assert not other.is_done  # another config is another training
 
 
-def test_trees_answer_beside_the_networks_but_teach_nobody(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_opinions_answer_but_teach_nobody(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = next(Path("run/seesaw/runs").glob("alone.churn-*"))
     answers, measured = (folder / "predictions" / split / "churn.parquet" for split in ("train", "test"))
     taught, calls = answers.read_bytes(), []
 
-    def boost(run: Run) -> None:
+    def stand_in(run: Run) -> None:
         calls.append((answers.read_bytes(), measured.exists()))
 
-    monkeypatch.setattr(seesaw_runs, "boost", boost)
+    monkeypatch.setattr(seesaw_runs, "add_second_opinions", stand_in)
     shutil.rmtree(folder / "predictions")
     seesaw_runs.train(folder)
     measured.unlink()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
-from factories import make_batch
 
-from supermoe.model.heads import LinearHead
 from supermoe.model.trees import BoostedTrees
 
 FIELDS = [
@@ -52,15 +49,3 @@ def test_trees_of_several_classes_take_turns() -> None:
     trees = BoostedTrees(2, 2)
     trees.plant(np.array([0.5, 0.0]), {0: stump(0, 0.5, True, 1.0, 0.0), 3: stump(0, 0.5, True, 0.0, 4.0)})
     assert trees(torch.tensor([[0.0], [1.0]])).tolist() == [[1.5, 0.0], [0.5, 4.0]]
-
-
-def test_a_head_mixes_them_in_by_its_share_and_only_when_it_answers() -> None:
-    head, batch = LinearHead(6, 1, [], dropout=0, tree_rounds=1).eval(), make_batch()
-    with torch.no_grad():
-        head.bias.fill_(2.0)
-    head.trees.plant(np.array([-8.0]), {})
-    x_BX = torch.randn(batch.num_examples, 6)
-    for share, answer in ((0.0, 2.0), (0.25, -0.5), (1.0, -8.0)):
-        head.share.fill_(share)
-        assert head.logits(x_BX, batch).unique().tolist() == pytest.approx([answer])
-    assert head.train().logits(x_BX, batch).unique().tolist() == pytest.approx([2.0])

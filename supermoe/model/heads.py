@@ -15,7 +15,7 @@ from supermoe.data.batch import Batch
 from supermoe.data.schema import FIRST_ID
 from supermoe.model.embedding import Table
 from supermoe.model.packed import read_of_events
-from supermoe.model.trees import BoostedTrees
+from supermoe.model.second_opinion import SecondOpinion
 
 DIRECT_PRIOR = 400.0  # users' worth of evidence that a weight must overcome to leave zero
 READ_PRIOR = 10_000.0  # labelled users that make what was learnt as trustworthy as the fixed direct inputs
@@ -105,10 +105,8 @@ class LinearHead(nn.Module):
     """logits = W dropout(norm(x)) + b, and copied counts where the classes are ids of a field with `bags`.
 
     W starts at zero: a head that is given the prior's bias starts as the prior. The last `direct_dim` inputs are added
-    as they are, through weights of their own. `share` of the answer, not of what is trained, is that of `trees`.
+    as they are, through weights of their own. There may be a `second` opinion beside.
     """
-
-    share: Tensor
 
     def __init__(
         self,
@@ -118,7 +116,7 @@ class LinearHead(nn.Module):
         dropout: float,
         ids: Sequence[int] = (),
         direct_dim: int = 0,
-        tree_rounds: int = 0,
+        second: SecondOpinion | None = None,
     ):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -126,9 +124,7 @@ class LinearHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size))
         self.copy = CopyTerm(width, size, bags, 0.0, ids) if bags else None
         self.direct_CX = nn.Parameter(torch.zeros(size, direct_dim)) if direct_dim else None
-        self.trees = BoostedTrees(tree_rounds, size) if tree_rounds else None
-        if self.trees is not None:
-            self.register_buffer("share", torch.zeros(()))
+        self.second = second
         self.dropout = dropout
         self.direct_prior = DIRECT_PRIOR  # of the direct inputs' weights; `linear_start` chooses it
 
@@ -141,9 +137,7 @@ class LinearHead(nn.Module):
             logits_BC = logits_BC + F.linear(direct_BX, self.direct_CX)
         if self.copy is not None:
             logits_BC = logits_BC + self.copy(x_BX, batch)
-        if self.trees is None or self.training or not self.share:
-            return logits_BC
-        return torch.lerp(logits_BC, self.trees(batch.features_BP).to(logits_BC.dtype), self.share)
+        return logits_BC if self.second is None else self.second.beside(logits_BC, batch)
 
     def penalty(self, num_users: int) -> Tensor | float:
         """Gaussian prior on the weights of a head with direct inputs, per labelled user -> scalar; 0 for other heads.
@@ -162,11 +156,18 @@ class FieldHead(nn.Module):
 
     The query starts at `nearness` times what is read: at zero, but for heads of events, which are held to be near what
     follows until more is learnt. They have no copy term: bags are counted at an example's cut. Copied counts start at
-    `copied`.
+    `copied`. There may be a `second` opinion beside.
     """
 
     def __init__(
-        self, width: int, table: Table, bags: list[str], dropout: float, copied: float = 1.0, nearness: float = 0.0
+        self,
+        width: int,
+        table: Table,
+        bags: list[str],
+        dropout: float,
+        copied: float = 1.0,
+        nearness: float = 0.0,
+        second: SecondOpinion | None = None,
     ):
         super().__init__()
         self._tied = (table,)  # in a tuple, so that the table stays the event embedding's parameter alone
@@ -176,6 +177,7 @@ class FieldHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(table.num_embeddings, device=table.weight.device))
         self.bias.is_table = True  # type: ignore[attr-defined]  # told to the optimiser
         self.copy = CopyTerm(width, table.num_embeddings, bags, copied) if bags else None
+        self.second = second
         self.dropout = dropout
 
     @property
@@ -211,7 +213,9 @@ class FieldHead(nn.Module):
         """Read-outs x_BX of the batch's examples -> logits_BV."""
         x_BX = self._regularised(x_BX)
         logits_BV = F.linear(self.project(x_BX), *self.table())
-        return logits_BV if self.copy is None else logits_BV + self.copy(x_BX, batch)
+        if self.copy is not None:
+            logits_BV = logits_BV + self.copy(x_BX, batch)
+        return logits_BV if self.second is None else self.second.beside(logits_BV, batch)
 
     def penalty(self, num_users: int) -> float:
         """See `LinearHead.penalty`."""
@@ -228,8 +232,16 @@ class NextFieldHead(FieldHead):
     people seldom go on where they stopped: what they take then depends on the date, their habits and the pause itself.
     """
 
-    def __init__(self, event_width: int, width: int, table: Table, bags: list[str], dropout: float):
-        super().__init__(event_width, table, [], dropout, nearness=NEARNESS)
+    def __init__(
+        self,
+        event_width: int,
+        width: int,
+        table: Table,
+        bags: list[str],
+        dropout: float,
+        second: SecondOpinion | None = None,
+    ):
+        super().__init__(event_width, table, [], dropout, nearness=NEARNESS, second=second)
         self.correction = FieldHead(width, table, bags, dropout, copied=0.0)
         self.trust = nn.Linear(width, 1)
         nn.init.zeros_(self.trust.weight)
@@ -242,4 +254,5 @@ class NextFieldHead(FieldHead):
     def logits_at_cut(self, event_BV: Tensor, x_BX: Tensor, batch: Batch) -> Tensor:
         """Logits of the last visible events and read-outs x_BX of the batch's examples -> logits_BV."""
         trust_B1 = 1 + self.trust(self.correction.norm(x_BX))
-        return trust_B1 * event_BV + self.correction.logits(x_BX, batch)
+        logits_BV = trust_B1 * event_BV + self.correction.logits(x_BX, batch)
+        return logits_BV if self.second is None else self.second.beside(logits_BV, batch)

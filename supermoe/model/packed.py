@@ -1,9 +1,11 @@
-"""Index arithmetic on packed reads: which read an event belongs to, and laying two packings into one."""
+"""Index arithmetic on packed reads: which read an event belongs to, who sees it, and laying two packings into one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from supermoe.data.batch import Batch
 
 
 def read_of_events(offsets_S: Tensor, num_events: int) -> Tensor:
@@ -16,6 +18,14 @@ def read_of_events(offsets_S: Tensor, num_events: int) -> Tensor:
 def index_in_read(offsets_S: Tensor, read_N: Tensor) -> Tensor:
     """Place of every event in its read, from 0 -> int64 [N]."""
     return torch.arange(len(read_N), device=read_N.device) - offsets_S[read_N]
+
+
+def visible_events(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Every event that an example sees: the example, and the event's place in the batch -> two of int64 [R]."""
+    example_R = torch.repeat_interleave(batch.visible_B)
+    before_B = batch.visible_B.cumsum(0) - batch.visible_B
+    first_B = batch.offsets_S[batch.read_B]
+    return example_R, torch.arange(len(example_R), device=example_R.device) + (first_B - before_B)[example_R]
 
 
 def interleave(old_offsets_S: Tensor, new_offsets_S: Tensor, num_old: int, num_new: int) -> tuple[Tensor, Tensor]:

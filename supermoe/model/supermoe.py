@@ -13,12 +13,14 @@ from supermoe.data.schema import Schema
 from supermoe.model.embedding import EventEmbedding
 from supermoe.model.encoder import Encoder, History, LayerRouting
 from supermoe.model.feature_encoder import Features
+from supermoe.model.habits import Habits
 from supermoe.model.heads import NEARNESS, FieldHead, HeadSpec, LinearHead, NextFieldHead
 from supermoe.model.indicators import USER, Indicators
 from supermoe.model.moe import Experts, MoE
 from supermoe.model.named import ByName
 from supermoe.model.profile import Profile
-from supermoe.typed_yaml import UserError, build
+from supermoe.model.trees import BoostedTrees
+from supermoe.typed_yaml import ALL_TIME, UserError, build
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,14 @@ class SuperMoE(nn.Module):
         if spec.kind == "linear":
             direct_dim = sum(features.direct_dims) if spec.direct else 0
             rounds = self.config.tree_rounds if spec.boosted and schema.features else 0
-            return LinearHead(width, spec.size, bags, dropout, spec.ids, direct_dim, rounds)
+            trees = BoostedTrees(rounds, spec.size) if rounds else None
+            return LinearHead(width, spec.size, bags, dropout, spec.ids, direct_dim, trees)
         assert spec.field is not None, "a head of kind 'field' names its field"
         table = self.embedding.tables[spec.field]
-        if spec.reads == "both":
-            return NextFieldHead(self.config.dim, width, table, bags, dropout)
         if spec.reads == "event":
             return FieldHead(self.config.dim, table, [], dropout, nearness=NEARNESS)
-        return FieldHead(width, table, bags, dropout)
+        lifetime = next((name for name in bags if schema.bags[name].window == ALL_TIME), None)
+        habits = Habits(spec.field, table.num_embeddings, lifetime) if self.config.habits else None
+        if spec.reads == "both":
+            return NextFieldHead(self.config.dim, width, table, bags, dropout, habits)
+        return FieldHead(width, table, bags, dropout, second=habits)

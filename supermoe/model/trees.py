@@ -7,14 +7,17 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
+
+from supermoe.data.batch import Batch
+from supermoe.model.second_opinion import SecondOpinion
 
 LEAVES = 8  # of one tree at most
 MODELS = 3  # that are averaged: they draw other features, and err in other places
 NODES = 2 * LEAVES - 1
 
 
-class BoostedTrees(nn.Module):
+class BoostedTrees(SecondOpinion):
     """logits_c = start_c + the leaves that an example falls into in the trees of class c, `rounds` of every model.
 
     A node sends an example to its left if the feature is at most the threshold, or missing and `missing_left`. A leaf
@@ -53,6 +56,10 @@ class BoostedTrees(nn.Module):
                 break
         value_BW = self.leaf_WO.flatten()[node_BW]
         return self.start_C + value_BW.unflatten(1, (-1, len(self.start_C))).sum(dim=1)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """What the trees say of the batch's examples -> logits_BC."""
+        return self(batch.features_BP)
 
     @torch.no_grad()
     def plant(self, start_C: NDArray, trees: Mapping[int, NDArray]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from supermoe.data.batch import Batch, SetLabels
 from supermoe.data.schema import FIRST_ID, LabelSchema, Schema
 from supermoe.model.heads import HeadSpec
-from supermoe.model.packed import read_of_events
+from supermoe.model.packed import read_of_events, visible_events
 from supermoe.objectives import measures
 from supermoe.objectives.event_softmax import EventSoftmax, Negatives, check_category, entropy, next_ids, set_field_bias
 from supermoe.objectives.task import MIN_PRIOR_LOSS, Labels, Scores, Task, TaskConfig, repeat_row, set_rows
@@ -194,9 +194,7 @@ def relevant_ids(labels: Labels) -> tuple[Tensor, Tensor]:
 
 def seen_ids(batch: Batch, field: str, schema: Schema) -> tuple[Tensor, Tensor]:
     """(example, id) of a field in the examples' visible histories, bags included."""
-    row = torch.repeat_interleave(batch.visible_B)
-    before_B = batch.visible_B.cumsum(0) - batch.visible_B
-    event = torch.arange(len(row), device=row.device) + (batch.offsets_S[batch.read_B] - before_B)[row]
+    row, event = visible_events(batch)
     rows, ids = [row], [batch.fields[field][event]]
     for name, bag in schema.bags.items():  # a bag over all time knows what lies before the events that were read
         if bag.field == field and bag.window == ALL_TIME:

@@ -17,5 +17,5 @@ def write_measurement(run: Run, measured: Run, evaluation: Evaluation) -> str:
     config = run.config
     baseline = boosting(measured.store, run.tasks, evaluation.split) if config.report.boosting else {}
     write_predictions(config.run / "predictions", run.store, measured.tasks, evaluation)
-    facts = run.facts() | {"tree_shares": measured.tree_shares()}
+    facts = run.facts() | {"second_opinions": measured.opinion_shares()}
     return write_report(config.run, run.tasks, evaluation, baseline, facts, config.report.plots)

@@ -24,12 +24,12 @@ from supermoe.config import RunConfig, load_run
 from supermoe.data.disk import publish_text
 from supermoe.data.store import Store
 from supermoe.studies.gradients import gradient_cosines
-from supermoe.training.boosting import boost
 from supermoe.training.build import build_run
 from supermoe.training.checkpoint import FREE_KEYS
 from supermoe.training.environment import write_environment
 from supermoe.training.predictions import write_predictions
 from supermoe.training.report import write_report
+from supermoe.training.second_opinions import add_second_opinions
 from supermoe.typed_yaml import UserError, dump
 
 ALONE = "alone"
@@ -170,7 +170,7 @@ def train(folder: Path) -> None:
             # A model of all tasks may learn from these: the network's, as trees know these labels by heart.
             write_predictions(answers, run.store, run.tasks, run.evaluate("train"))
         publish_text(folder / GRADIENTS, json.dumps(gradient_cosines(run)))
-        boost(run)
+        add_second_opinions(run)
         for split in ("valid", "test"):
             if len(run.store.rows_of(split)):
                 evaluation = run.evaluate(split)

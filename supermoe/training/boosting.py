@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,12 @@ import torch
 from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from torch import Tensor
-from tqdm import tqdm
 
 from supermoe.data.batches import label_rows
 from supermoe.data.store import IdLists, Store, is_asked
-from supermoe.model.trees import LEAVES, MODELS, BoostedTrees
+from supermoe.model.trees import LEAVES, MODELS
 from supermoe.objectives.task import Labels, Task, asked
-from supermoe.training.build import Run
-from supermoe.training.evaluation import Evaluation
-from supermoe.training.warm_start import CHUNK, at_most
+from supermoe.training.warm_start import at_most
 
 TREES: dict[str, Any] = {
     "learning_rate": 0.1,
@@ -34,42 +31,6 @@ MIN_EXAMPLES = 4 * TREES["min_samples_leaf"]  # with fewer, trees can tell next 
 SHARES = np.linspace(0, 1, 21)
 HALVES = 5.0  # nats of evidence that it takes to leave one side out, as the next cut is another one
 UNSEEN = 3.0  # nats by which a class that trees have not seen is less likely than the rarest that they have
-
-
-def boost(run: Run, shares: Mapping[str, float] | None = None) -> None:
-    """Mix boosted trees into what the heads of the best weights answer, where they have room for them.
-
-    Each task's share of trees is chosen on validation, unless `shares` gives it: a refit takes over what was chosen
-    before. Without validation examples there are no trees. Weights that hold some already stay as they are.
-    """
-    run.trainer.load_best()
-    heads = run.boosted_heads()
-    if not heads or any(run.tree_shares().values()):
-        return
-    if shares is not None:
-        chosen = {name: shares[name] for name in _plant(run, [name for name in heads if shares[name]])}
-    elif run.trainer.valid is not None:
-        validation = run.evaluate("valid")
-        chosen = {name: _chosen_share(run, name, trees, validation) for name, trees in _plant(run, list(heads)).items()}
-    else:
-        return
-    for name, share in chosen.items():
-        heads[name].share.fill_(share)
-    run.trainer.save_best()
-
-
-def _plant(run: Run, names: list[str]) -> dict[str, BoostedTrees]:
-    """Fit trees on the first rank and plant them on all -> those of the tasks with enough labels."""
-    planted, heads, world = {}, run.boosted_heads(), run.trainer.world
-    for name in tqdm(names, desc="trees", leave=False, disable=not world.is_first):
-        trees = heads[name].trees
-        assert trees is not None
-        fitted = fit_trees(run.tasks[name], run.store, trees.rounds, run.config.seed) if world.is_first else None
-        fitted = world.gather(fitted)[0]
-        if fitted is not None:
-            trees.plant(*fitted)
-            planted[name] = trees
-    return planted
 
 
 def fit_trees(task: Task, store: Store, rounds: int, seed: int) -> tuple[NDArray, dict[int, NDArray]] | None:
@@ -112,14 +73,6 @@ def _start(model: Any, size: int) -> tuple[NDArray, Sequence[int]]:
     start_C[model.classes_] = 0.0
     start_C[places] = start_K
     return start_C, places
-
-
-def _chosen_share(run: Run, name: str, trees: BoostedTrees, validation: Evaluation) -> float:
-    parts = np.split(validation.example_n, range(CHUNK, len(validation.example_n), CHUNK))
-    features = (torch.from_numpy(run.store.features[part]).to(trees.start_C.device) for part in parts)
-    trees_nC = torch.cat([trees(features_BP).cpu() for features_BP in features])
-    scores_n = torch.from_numpy(validation.scores[name]["score"])
-    return best_share(run.tasks[name], scores_n, trees_nC, validation.labels[name])
 
 
 def best_share(task: Task, scores_n: Tensor, trees_nC: Tensor, labels: Labels) -> float:

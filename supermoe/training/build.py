@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from supermoe.data.schema import FIRST_ID, Schema
 from supermoe.data.store import REMEDY, Store
 from supermoe.distributed.mesh import World
 from supermoe.distributed.parallelize import Parallel
-from supermoe.model.heads import HeadSpec, LinearHead
+from supermoe.model.heads import HeadSpec
+from supermoe.model.second_opinion import SecondOpinion
 from supermoe.model.supermoe import SuperMoE
 from supermoe.objectives.objective import Objective
 from supermoe.objectives.pretraining import NextEvent
@@ -77,20 +79,26 @@ class Run:
 
     def evaluate(self, split: str) -> Evaluation:
         """Load the best weights and measure them on a split."""
-        model, world = self.trainer.load_best(), self.trainer.world
+        self.trainer.load_best()
+        return self.measure(split)
+
+    def measure(self, split: str, names: Sequence[str] | None = None) -> Evaluation:
+        """Measure the weights that count as they are, all tasks or those named."""
+        model, world = self.trainer.evaluated_model(), self.trainer.world
+        tasks = {name: self.tasks[name] for name in names or self.tasks}
         bf16 = self.config.training.precision == "bf16"
         dealt = batches(self.config, self.store, split, world)
         with self.trainer.parallel.whole():
-            return evaluate(model, self.tasks, dealt, split, event_names(self.store), bf16, world)
+            return evaluate(model, tasks, dealt, split, event_names(self.store), bf16, world)
 
-    def boosted_heads(self) -> dict[str, LinearHead]:
-        """The heads of tasks that have room for boosted trees, of the weights that count."""
+    def second_opinions(self) -> dict[str, SecondOpinion]:
+        """What may answer beside the tasks' networks, of the weights that count."""
         heads = {name: self.trainer.evaluated_model().heads[name] for name in self.tasks}
-        return {name: head for name, head in heads.items() if getattr(head, "trees", None) is not None}
+        return {name: head.second for name, head in heads.items() if head.second is not None}
 
-    def tree_shares(self) -> dict[str, float]:
-        """How much of each task's answers is that of boosted trees, where there can be any."""
-        return {name: round(float(head.share), 2) for name, head in self.boosted_heads().items()}
+    def opinion_shares(self) -> dict[str, float]:
+        """How much of each task's answers is that of a second opinion, where there can be one."""
+        return {name: round(float(opinion.share), 2) for name, opinion in self.second_opinions().items()}
 
     def best_model(self) -> SuperMoE:
         """The best weights in a model of its own on the CPU, which no rank shares."""
