@@ -50,7 +50,7 @@ class Habits(SecondOpinion):
         """Ids ranked by habit -> logits_BV."""
         example_R, id_R, count_RK = self.choices(batch)
         mass_BV = self.prior_V.clamp(min=LEAST).repeat(batch.num_examples, 1)
-        return mass_BV.index_put((example_R, id_R), count_RK @ self.weight_K, accumulate=True).log()
+        return mass_BV.index_put_((example_R, id_R), count_RK @ self.weight_K, accumulate=True).log_()
 
     @torch.no_grad()
     def plant(self, weight_K: Tensor, prior_V: Tensor) -> None:
