@@ -114,6 +114,16 @@ def test_without_validation_there_are_none(run: Run, monkeypatch: pytest.MonkeyP
     assert not any(run.opinion_shares().values())
 
 
+def test_histories_without_labels_are_not_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under leave-one-out, where training examples have none."""
+    silence(run)
+    monkeypatch.setattr(run.tasks["next_type"], "undefined", lambda labels: "no example is labelled")
+    monkeypatch.setattr("supermoe.training.second_opinions.batches", lambda *told: pytest.fail("read"))
+    monkeypatch.setattr("supermoe.training.second_opinions.fit_trees", lambda *told: None)
+    add_second_opinions(run)
+    assert not any(run.opinion_shares().values())
+
+
 def test_they_can_be_left_out(trained: RunConfig) -> None:
     model = trained.model.model_copy(update={"habits": False, "tree_rounds": 0})
     config = trained.model_copy(update={"model": model})

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from supermoe.data.batches import label_rows
 from supermoe.model.habits import Habits
 from supermoe.model.second_opinion import SecondOpinion
 from supermoe.model.trees import BoostedTrees
@@ -56,10 +57,13 @@ def _plant(run: Run, opinions: dict[str, SecondOpinion]) -> dict[str, SecondOpin
 
 
 def _fit(run: Run, name: str, opinion: SecondOpinion) -> Any:
+    task, store = run.tasks[name], run.store
     if isinstance(opinion, BoostedTrees):
-        return fit_trees(run.tasks[name], run.store, opinion.rounds, run.config.seed)
+        return fit_trees(task, store, opinion.rounds, run.config.seed)
     assert isinstance(opinion, Habits)
-    return fit_habits(run.tasks[name], opinion, batches(run.config, run.store, "train").epoch(0))
+    if task.undefined(label_rows(store.labels[name], store.rows_of("train"))):
+        return None  # as under leave-one-out: no need to read all histories for it
+    return fit_habits(task, opinion, batches(run.config, store, "train").epoch(0))
 
 
 def _choose(run: Run, opinions: dict[str, SecondOpinion]) -> dict[str, float]:
