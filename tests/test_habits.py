@@ -13,10 +13,10 @@ from factories import make_batch
 from fake_run import make_task
 from torch import Tensor
 
-from supermoe.data.batch import Batch
+from supermoe.data.batch import Batch, Jagged
 from supermoe.data.schema import FIRST_ID
 from supermoe.model.habits import FADING, LEAST, Habits
-from supermoe.training.habits import MIN_LABELS, counts_of, fit_habits
+from supermoe.training.habits import MIN_LABELS, ask_last, counts_of, fit_habits
 
 SIZE = 11
 BAGS = [None, "type_all"]
@@ -63,9 +63,21 @@ def test_counts_of_wanted_ids_are_those_of_the_whole_vocabulary(bag: str | None)
     assert bool((own_nK == 0).all(dim=1).any())  # some were never chosen
 
 
+@pytest.mark.parametrize("bag", BAGS)
+def test_the_last_event_is_asked_for_and_out_of_its_own_history(bag: str | None) -> None:
+    batch = make_batch([4, 3], [(0, 4), (0, 1), (1, 3), (1, 0)])
+    fields = {**batch.fields, "type": torch.tensor([5, 3, 4, 2, 7, 8, 9])}
+    bags = {"type_all": Jagged(torch.arange(5), torch.tensor([2, 5, 9, 2]), torch.tensor([3.0, 1.0, 0.0, 2.0]))}
+    asked = ask_last(replace(batch, fields=fields, bags=bags), "item", Habits("type", SIZE, bag))
+    assert asked.labels["item"].tolist() == [2, 5, 9, -1]  # of nothing there is no last
+    assert asked.visible_B.tolist() == [3, 0, 2, 0]
+    assert asked.bags["type_all"].weights.tolist() == ([2.0, 0.0, 0.0, 2.0] if bag else [3.0, 1.0, 0.0, 2.0])
+
+
 def test_a_rank_may_be_dealt_nobody() -> None:
-    batch = make_batch((), ())
-    assert Habits("type", SIZE, None).logits(batch).shape == (0, SIZE)
+    batch, habits = make_batch((), ()), Habits("type", SIZE, None)
+    assert habits.logits(batch).shape == (0, SIZE)
+    assert ask_last(batch, "item", habits).labels["item"].shape == (0,)
 
 
 def batches(choose: Any) -> Iterator[Batch]:

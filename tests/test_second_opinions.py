@@ -14,6 +14,7 @@ from supermoe.config import RunConfig
 from supermoe.data.sources import Frames
 from supermoe.data.store import Store
 from supermoe.model.habits import Habits
+from supermoe.model.heads import HeadSpec
 from supermoe.train import train
 from supermoe.training.boosting import TREES
 from supermoe.training.build import Run, build_run
@@ -114,14 +115,19 @@ def test_without_validation_there_are_none(run: Run, monkeypatch: pytest.MonkeyP
     assert not any(run.opinion_shares().values())
 
 
-def test_histories_without_labels_are_not_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under leave-one-out, where training examples have none."""
+@pytest.mark.parametrize("learns_from_events", [True, False])
+def test_without_labels_the_last_events_are_asked_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch, learns_from_events: bool
+) -> None:
+    """As under leave-one-out; histories that teach a ranking nothing are not read."""
     silence(run)
     monkeypatch.setattr(run.tasks["next_type"], "undefined", lambda labels: "no example is labelled")
-    monkeypatch.setattr("supermoe.training.second_opinions.batches", lambda *told: pytest.fail("read"))
     monkeypatch.setattr("supermoe.training.second_opinions.fit_trees", lambda *told: None)
+    if not learns_from_events:
+        monkeypatch.setitem(run.heads, "next_type", HeadSpec(kind="field", field="type"))
+        monkeypatch.setattr("supermoe.training.second_opinions.batches", lambda *told: pytest.fail("read"))
     add_second_opinions(run)
-    assert not any(run.opinion_shares().values())
+    assert (run.opinion_shares()["next_type"] > 0) == learns_from_events
 
 
 def test_they_can_be_left_out(trained: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from supermoe.data.batch import Batch
 from supermoe.model.habits import FADING, Habits
+from supermoe.model.packed import read_of_events
 from supermoe.objectives.ranking import relevant_ids
 
 MAX_LABELS = 50_000  # ids to find: enough for a handful of weights
@@ -38,6 +40,21 @@ def fit_habits(task: Any, habits: Habits, batches: Iterable[Batch]) -> tuple[Ten
     popular_V[-len(task.prior_C) :] = task.prior_C
     weight_K, worth = _fit(own_nK.double(), all_nK.double(), popular_V[id_n].double())
     return weight_K, worth * popular_V
+
+
+def ask_last(batch: Batch, name: str, habits: Habits) -> Batch:
+    """Ask for the last event that an example sees, and take it out of its history: labels for those who have none."""
+    has_events_B = batch.visible_B > 0
+    visible_B = batch.visible_B - has_events_B.long()
+    label_B = torch.full_like(batch.visible_B, -1)
+    label_B[has_events_B] = batch.fields[habits.field][(batch.offsets_S[batch.read_B] + visible_B)[has_events_B]]
+    bags = batch.bags
+    if habits.bag is not None:
+        bag = bags[habits.bag]
+        assert bag.weights is not None, "bags are counted"
+        last_R = bag.ids == label_B[read_of_events(bag.offsets, len(bag.ids))]
+        bags = {**bags, habits.bag: replace(bag, weights=(bag.weights - last_R.float()).clamp(min=0))}
+    return replace(batch, visible_B=visible_B, bags=bags, labels={**batch.labels, name: label_B})
 
 
 def counts_of(habits: Habits, batch: Batch, example_n: Tensor, id_n: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from supermoe.model.trees import BoostedTrees
 from supermoe.training.boosting import best_share, fit_trees
 from supermoe.training.build import Run, batches
 from supermoe.training.evaluation import Evaluation
-from supermoe.training.habits import fit_habits
+from supermoe.training.habits import ask_last, fit_habits
 from supermoe.training.warm_start import CHUNK
 
 HABIT_SHARES = (0.25, 0.5, 0.75, 0.9)  # never all: habits know nothing new
@@ -61,9 +61,13 @@ def _fit(run: Run, name: str, opinion: SecondOpinion) -> Any:
     if isinstance(opinion, BoostedTrees):
         return fit_trees(task, store, opinion.rounds, run.config.seed)
     assert isinstance(opinion, Habits)
-    if task.undefined(label_rows(store.labels[name], store.rows_of("train"))):
-        return None  # as under leave-one-out: no need to read all histories for it
-    return fit_habits(task, opinion, batches(run.config, store, "train").epoch(0))
+    without_labels = task.undefined(label_rows(store.labels[name], store.rows_of("train")))
+    if without_labels and not run.heads[name].reads_events:
+        return None
+    histories = batches(run.config, store, "train").epoch(0)
+    if without_labels:  # as under leave-one-out
+        histories = (ask_last(batch, name, opinion) for batch in histories)
+    return fit_habits(task, opinion, histories)
 
 
 def _choose(run: Run, opinions: dict[str, SecondOpinion]) -> dict[str, float]:
