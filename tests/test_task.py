@@ -6,8 +6,8 @@ import pytest
 import torch
 from fake_run import make_sets, make_task
 
-from supermoe.data.batch import SetLabels
-from supermoe.objectives.task import asked, concat_labels, gain, repeat_row, set_rows, take_labels
+from supermoe.data.batch import SetLabels, take_labels
+from supermoe.objectives.task import asked, concat_labels, gain, repeat_row, set_rows
 from supermoe.typed_yaml import UserError
 
 

@@ -18,6 +18,11 @@ class Jagged:
     ids: Tensor  # int64
     weights: Tensor | None = None  # float32
 
+    def take(self, index: Tensor) -> Jagged:
+        """The lists at `index` (int64 [n]), in that order."""
+        offsets, place = _places(self.offsets, index)
+        return Jagged(offsets, self.ids[place], None if self.weights is None else self.weights[place])
+
 
 @dataclass(frozen=True)
 class SetLabels:
@@ -26,6 +31,14 @@ class SetLabels:
     asked_B: Tensor  # bool
     offsets: Tensor  # int64 [B + 1]
     ids: Tensor  # int64
+
+    def take(self, index: Tensor) -> SetLabels:
+        """The labels of the examples at `index` (int64 [n]), in that order."""
+        offsets, place = _places(self.offsets, index)
+        return SetLabels(self.asked_B[index], offsets, self.ids[place])
+
+
+Labels = Tensor | SetLabels  # of a task's examples, see `Batch`
 
 
 @dataclass(frozen=True)
@@ -59,9 +72,32 @@ class Batch:
         """B."""
         return self.read_B.shape[0]
 
+    def take(self, index: Tensor) -> Batch:
+        """The same events, and of the examples those at `index` (int64 [n]), in that order."""
+        per_example = ("read_B", "visible_B", "cut_B", "example_B", "features_BP")
+        return dataclasses.replace(
+            self,
+            **{name: getattr(self, name)[index] for name in per_example},
+            bags={name: bag.take(index) for name, bag in self.bags.items()},
+            labels={name: take_labels(labels, index) for name, labels in self.labels.items()},
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def take_labels(labels: Labels, index: Tensor) -> Labels:
+    """The labels of the examples at `index` (int64 [n]), in that order."""
+    return labels.take(index) if isinstance(labels, SetLabels) else labels[index]
+
+
+def _places(offsets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets of the lists at `index`, and where their elements are."""
+    sizes = offsets.diff()[index]
+    taken = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    element = torch.arange(int(taken[-1]), device=offsets.device)
+    return taken, element + torch.repeat_interleave(offsets[:-1][index] - taken[:-1], sizes)
 
 
 def _map(value: Any, function: Any) -> Any:

@@ -6,6 +6,7 @@ the place of the best relevant id in the full ranking (1 is first, 0: nothing re
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -64,6 +65,15 @@ class _Ranking(Task):
     def undefined(self, labels: Labels) -> str:
         return super().undefined(labels) or ("" if len(relevant_ids(labels)[0]) else "no example has an id to find")
 
+    def log_probability(self, head: Any, output: Any, batch: Batch, row: Tensor, ids: Tensor) -> Tensor:
+        """Of these ids, at these examples -> fp32 [len(ids)]. Examples without any are not scored, often most."""
+        wanted_W, place = row.unique(return_inverse=True)
+        if len(wanted_W) < batch.num_examples:
+            output = replace(output, task_BX={self.name: output.task_BX[self.name][wanted_W]})
+            batch = batch.take(wanted_W)
+        log_p_WC = self.logits(head, output, batch)[:, FIRST_ID:].log_softmax(dim=-1)
+        return log_p_WC[place, ids - FIRST_ID]
+
     def scores(self, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:
         return self.rank(self.logits(head, output, batch), batch)
 
@@ -112,9 +122,9 @@ class Retrieval(_Ranking):
 
     def loss(self, head: Any, output: Any, batch: Batch) -> tuple[Tensor, int]:
         row, ids = relevant_ids(batch.labels[self.name])
-        log_p_BC = self.logits(head, output, batch)[:, FIRST_ID:].log_softmax(dim=-1)
         sizes_B = torch.bincount(row, minlength=batch.num_examples)
-        return -(log_p_BC[row, ids - FIRST_ID] / best_dcg(sizes_B)[row]).sum(), int((sizes_B > 0).sum())
+        log_p = self.log_probability(head, output, batch, row, ids)
+        return -(log_p / best_dcg(sizes_B)[row]).sum(), int((sizes_B > 0).sum())
 
 
 class NextItem(_Ranking):
@@ -153,8 +163,7 @@ class NextItem(_Ranking):
         at_events = self.softmax.losses(head, output.event_ND.index_select(0, position), next_N[position])
         row, ids = relevant_ids(batch.labels[self.name])
         if len(row):
-            log_p_BC = self.logits(head, output, batch)[:, FIRST_ID:].log_softmax(dim=-1)
-            at_cuts = -log_p_BC[row, ids - FIRST_ID].sum()
+            at_cuts = -self.log_probability(head, output, batch, row, ids).sum()
         else:  # under leave-one-out always: nothing is scored, but every rank has every gradient
             at_cuts = 0.0 * sum(x.sum() for x in (output.task_BX[self.name], *head.asked_at_cuts()))
         return at_events.float().sum() + at_cuts, len(position) + len(row)

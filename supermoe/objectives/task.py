@@ -15,12 +15,11 @@ from pydantic import Field
 from torch import Tensor
 
 from supermoe.config import Eligible, WindowLabel
-from supermoe.data.batch import Batch, SetLabels
+from supermoe.data.batch import Batch, Labels, SetLabels
 from supermoe.data.schema import LabelSchema, Schema
 from supermoe.model.heads import HeadSpec
 from supermoe.typed_yaml import Config, UserError
 
-Labels = Tensor | SetLabels
 Scores = dict[str, NDArray]
 
 MIN_PRIOR_LOSS = 1e-3  # a task whose prior is nearly perfect must not get a boundless scale
@@ -208,17 +207,6 @@ def concat_labels(parts: list[Labels]) -> Labels:
     sizes = torch.cat([part.offsets.diff() for part in sets])
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     return SetLabels(torch.cat([part.asked_B for part in sets]), offsets, torch.cat([part.ids for part in sets]))
-
-
-def take_labels(labels: Labels, index: Tensor) -> Labels:
-    """The labels of the examples at `index` (int64 [n]), in that order."""
-    if not isinstance(labels, SetLabels):
-        return labels[index]
-    sizes = labels.offsets.diff()[index]
-    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    inside = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], sizes)
-    rows = torch.repeat_interleave(labels.offsets[:-1][index], sizes) + inside
-    return SetLabels(labels.asked_B[index], offsets, labels.ids[rows])
 
 
 def repeat_row(row: Tensor | NDArray | float, num_examples: int) -> NDArray:

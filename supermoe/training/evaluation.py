@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from supermoe.data.batch import take_labels
 from supermoe.data.batches import Batches
 from supermoe.distributed.mesh import World
-from supermoe.objectives.task import Labels, Scores, Task, concat_labels, gain, take_labels
+from supermoe.objectives.task import Labels, Scores, Task, concat_labels, gain
 from supermoe.training.router_health import Counts, RouterHealth
 
 

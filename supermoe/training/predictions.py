@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from supermoe.data.batch import SetLabels
+from supermoe.data.batch import SetLabels, take_labels
 from supermoe.data.disk import publishing
 from supermoe.data.schema import FIRST_ID
 from supermoe.data.store import Store
-from supermoe.objectives.task import Labels, Scores, Task, asked, take_labels
+from supermoe.objectives.task import Labels, Scores, Task, asked
 from supermoe.training.build import id_values
 from supermoe.training.evaluation import Evaluation
 
