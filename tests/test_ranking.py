@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,24 @@ def test_rank_and_top_k_agree_with_a_full_sort() -> None:
     found = task.rank(logits.clone(), batch)
     assert found["top_k"].tolist() == order
     assert found["rank"].tolist() == [1 + min(order[0].index(4), order[0].index(7)), 0, 1 + order[2].index(10)]
+
+
+def test_metrics_need_no_ranking_of_who_has_nothing_to_find(world) -> None:
+    tasks, model, batch, output = world
+    for name in ("item", "basket"):
+        task, head = tasks[name], model.heads[name]
+        wanted_W = relevant_ids(batch.labels[name])[0].unique()
+        assert 0 < len(wanted_W) < batch.num_examples
+        whole, part = task.scores(head, output, batch), task.scores_for_metrics(head, output, batch)
+        for key, values in whole.items():
+            torch.testing.assert_close(part[key][wanted_W], values[wanted_W])
+            assert part[key].shape == values.shape
+        metrics = [task.metrics(as_arrays(scores), batch.labels[name]) for scores in (part, whole)]
+        assert metrics[0] == pytest.approx(metrics[1])
+
+
+def as_arrays(scores: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {key: values.detach().numpy() for key, values in scores.items()}
 
 
 def test_seen_ids_are_never_ranked(world) -> None:

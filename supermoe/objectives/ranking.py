@@ -23,6 +23,8 @@ from supermoe.objectives.event_softmax import EventSoftmax, Negatives, check_cat
 from supermoe.objectives.task import MIN_PRIOR_LOSS, Labels, Scores, Task, TaskConfig, repeat_row, set_rows
 from supermoe.typed_yaml import ALL_TIME
 
+NOT_RANKED = {"top_k": -1, "scores": -torch.inf, "rank": 0}
+
 
 class RankingConfig(TaskConfig):
     """What both ranking tasks are told."""
@@ -66,13 +68,26 @@ class _Ranking(Task):
         return super().undefined(labels) or ("" if len(relevant_ids(labels)[0]) else "no example has an id to find")
 
     def log_probability(self, head: Any, output: Any, batch: Batch, row: Tensor, ids: Tensor) -> Tensor:
-        """Of these ids, at these examples -> fp32 [len(ids)]. Examples without any are not scored, often most."""
+        """Of these ids, at these examples -> fp32 [len(ids)]."""
         wanted_W, place = row.unique(return_inverse=True)
-        if len(wanted_W) < batch.num_examples:
-            output = replace(output, task_BX={self.name: output.task_BX[self.name][wanted_W]})
-            batch = batch.take(wanted_W)
-        log_p_WC = self.logits(head, output, batch)[:, FIRST_ID:].log_softmax(dim=-1)
+        log_p_WC = self.logits(head, *self._at(wanted_W, output, batch))[:, FIRST_ID:].log_softmax(dim=-1)
         return log_p_WC[place, ids - FIRST_ID]
+
+    def scores_for_metrics(self, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:
+        wanted_W = relevant_ids(batch.labels[self.name])[0].unique()
+        found = self.scores(head, *self._at(wanted_W, output, batch))
+        return {
+            key: values.new_full((batch.num_examples, *values.shape[1:]), NOT_RANKED[key]).index_copy(
+                0, wanted_W, values
+            )
+            for key, values in found.items()
+        }
+
+    def _at(self, wanted_W: Tensor, output: Any, batch: Batch) -> tuple[Any, Batch]:
+        """Some examples alone: those with something to find are often few, and each is scored against all ids."""
+        if len(wanted_W) == batch.num_examples:
+            return output, batch
+        return replace(output, task_BX={self.name: output.task_BX[self.name][wanted_W]}), batch.take(wanted_W)
 
     def scores(self, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:
         return self.rank(self.logits(head, output, batch), batch)

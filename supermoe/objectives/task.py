@@ -143,6 +143,10 @@ class Task:
         """What predictions hold, one row per example of the batch, in the label's own units."""
         return {"score": self.decode(self.logits(head, output, batch))}
 
+    def scores_for_metrics(self, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:
+        """The same where only `metrics` are wanted: examples that are not asked may have any answer."""
+        return self.scores(head, output, batch)
+
     def decode(self, logits_BC: Tensor) -> Tensor:
         """Logits -> [B] or [B, C] predictions."""
         raise NotImplementedError

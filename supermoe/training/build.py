@@ -80,16 +80,16 @@ class Run:
     def evaluate(self, split: str) -> Evaluation:
         """Load the best weights and measure them on a split."""
         self.trainer.load_best()
-        return self.measure(split)
+        return self.measure(split, metrics_only=False)
 
-    def measure(self, split: str, names: Sequence[str] | None = None) -> Evaluation:
-        """Measure the weights that count as they are, all tasks or those named."""
+    def measure(self, split: str, names: Sequence[str] | None = None, metrics_only: bool = True) -> Evaluation:
+        """Measure the weights that count as they are, all tasks or those named; `metrics_only`: see `evaluate`."""
         model, world = self.trainer.evaluated_model(), self.trainer.world
         tasks = {name: self.tasks[name] for name in names or self.tasks}
         bf16 = self.config.training.precision == "bf16"
         dealt = batches(self.config, self.store, split, world)
         with self.trainer.parallel.whole():
-            return evaluate(model, tasks, dealt, split, event_names(self.store), bf16, world)
+            return evaluate(model, tasks, dealt, split, event_names(self.store), bf16, world, metrics_only)
 
     def second_opinions(self) -> dict[str, SecondOpinion]:
         """What may answer beside the tasks' networks, of the weights that count."""

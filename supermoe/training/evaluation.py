@@ -46,16 +46,18 @@ def evaluate(
     event_names: list[str] | None = None,
     autocast: bool = False,
     world: World | None = None,
+    metrics_only: bool = False,
 ) -> Evaluation:
     """Predict every example of `batches` once, in evaluation mode, and measure.
 
+    `metrics_only`: rankings of examples that have nothing to find may be left out, which are often most.
     `event_names` name the ids of the field `event`; `autocast` runs the model in bfloat16. The model's mode is
     restored; no random number is drawn. The ranks of a `world` predict what `batches` deals them and know all in the
     end.
     """
     world = world or World()
     health = RouterHealth(event_names or [])
-    shares = world.gather(_predict(model, tasks, batches, health, autocast, quiet=not world.is_first))
+    shares = world.gather(_predict(model, tasks, batches, health, autocast, metrics_only, not world.is_first))
     example_n, scores, labels = _put_together([part for share in shares for part in share])
     health.counts = _add_counts(world.gather(health.counts))
     found: dict[str, dict[str, Any]] = {"metrics": {}, "prior": {}, "gains": {}, "undefined": {}}
@@ -80,7 +82,13 @@ class _Predicted:
 
 @torch.no_grad()
 def _predict(
-    model: Any, tasks: dict[str, Task], batches: Batches, health: RouterHealth, autocast: bool, quiet: bool
+    model: Any,
+    tasks: dict[str, Task],
+    batches: Batches,
+    health: RouterHealth,
+    autocast: bool,
+    metrics_only: bool,
+    quiet: bool,
 ) -> list[_Predicted]:
     device = next(model.parameters()).device
     parts = []
@@ -94,7 +102,8 @@ def _predict(
         health.add(output, on_device)
         scores = {}
         for name, task in tasks.items():
-            found = task.scores(model.heads[name], output, on_device)
+            answer = task.scores_for_metrics if metrics_only else task.scores
+            found = answer(model.heads[name], output, on_device)
             scores[name] = {key: values.cpu().numpy() for key, values in found.items()}
         parts.append(_Predicted(batch.example_B.numpy(), scores, {name: batch.labels[name] for name in tasks}))
     model.train(was_training)

@@ -301,7 +301,7 @@ class Trainer:
         bf16 = self.config.precision == "bf16"
         with self.parallel.whole():
             model, tasks = self.evaluated_model(), self.objective.tasks
-            found = evaluate(model, tasks, self.valid, "valid", self.event_names, bf16, self.world)
+            found = evaluate(model, tasks, self.valid, "valid", self.event_names, bf16, self.world, metrics_only=True)
         gains = {name: gain for name, gain in found.gains.items() if np.isfinite(gain)}  # as JSON keeps them
         self.progress["evaluations"].append([self._share_done(self.step), gains])
         self.objective.observe(gains)
