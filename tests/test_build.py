@@ -86,16 +86,32 @@ def test_the_config_names_the_back_end(config: RunConfig, store: Store) -> None:
     assert "forced" not in ops.backends()["reference"]
 
 
-@pytest.mark.parametrize(("tasks", "few", "epochs"), [(["churn"], 1, 6), (["churn"], 9, 9), (["churn", "item"], 1, 30)])
+@pytest.mark.parametrize(
+    ("tasks", "few", "epochs", "patience"),
+    [
+        (["churn"], 1, 6, 5),
+        (["churn"], 9, 9, 5),
+        (["churn", "item"], 1, 30, 5),
+        (["churn", "item"], 40, 40, 6),
+        (["churn", "item"], 400, 100, 16),
+    ],
+)
 def test_a_run_is_as_long_as_its_tasks_need(
-    config: RunConfig, store: Store, tasks: list[str], few: int, epochs: int, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig,
+    store: Store,
+    tasks: list[str],
+    few: int,
+    epochs: int,
+    patience: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(build, "FEW_EXAMPLES", few * len(store.rows_of("train")))
+    monkeypatch.setattr(build, "FEW_EVENTS", few * store.summary["events"])
     kept = {name: config.tasks[name] for name in tasks}
     training = config.training.model_copy(update={"epochs": None})
     trainer = build_run(config.model_copy(update={"tasks": kept, "training": training}), store).trainer
     assert trainer.num_steps == epochs * trainer.steps_per_epoch
-    assert trainer.config.patience == build.PATIENCE
+    assert trainer.config.patience == patience
 
 
 def test_large_logs_get_fewer_epochs(config: RunConfig, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,10 +40,12 @@ from supermoe.typed_yaml import UserError, build
 
 EPOCHS_OF_EXAMPLES = 6  # features start where hand-made ones are: later epochs learn examples by heart
 EPOCHS_OF_EVENTS = 30  # the values of fields are learnt along with what follows what
+MOST_EPOCHS = 100  # of small logs, such as a thousand users' movies
 FEW_EXAMPLES = 100_000  # to see, some 200 steps: small logs need more epochs, up to those of events
+FEW_EVENTS = 15_000_000  # likewise, where tasks learn from events
 ENOUGH_EXAMPLES = 1_000_000  # likewise: large logs need fewer
 ENOUGH_EVENTS = 50_000_000
-PATIENCE = 5  # epochs without improvement that end a training whose length is open
+PATIENCE = 5  # epochs without improvement that end a training whose length is open, or a sixth of all
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,8 @@ def _training(config: RunConfig, store: Store, heads: dict[str, HeadSpec]) -> Tr
     told = config.training
     minutes = told.max_minutes / 2 if told.max_minutes and wants_refit(config, store) else told.max_minutes
     is_open = told.epochs is None and told.evaluate_every is None  # and evaluations are epochs
-    patience = told.patience or (PATIENCE if is_open else None)
     epochs = num_epochs(config, heads, store)
+    patience = told.patience or (max(PATIENCE, epochs // 6) if is_open else None)
     return told.model_copy(update={"max_minutes": minutes, "epochs": epochs, "patience": patience})
 
 
@@ -193,7 +195,9 @@ def num_epochs(config: RunConfig, heads: dict[str, HeadSpec], store: Store) -> i
     if config.training.epochs:
         return config.training.epochs
     if any(heads[name].reads_events for name in config.tasks):
-        return min(EPOCHS_OF_EVENTS, 1 + ENOUGH_EVENTS // store.summary["events"])
+        events = store.summary["events"]
+        most = max(EPOCHS_OF_EVENTS, min(MOST_EPOCHS, FEW_EVENTS // events))
+        return min(most, 1 + ENOUGH_EVENTS // events)
     examples = len(store.prepared.rows_of("train"))  # a refit has more, and is as long
     most = max(EPOCHS_OF_EXAMPLES, min(EPOCHS_OF_EVENTS, FEW_EXAMPLES // examples))
     return min(most, 1 + ENOUGH_EXAMPLES // examples)
