@@ -114,14 +114,17 @@ def test_a_run_is_as_long_as_its_tasks_need(
     assert trainer.config.patience == patience
 
 
-def test_large_logs_get_fewer_epochs(config: RunConfig, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = config.model_copy(update={"training": config.training.model_copy(update={"epochs": None})})
-    of_examples = free.model_copy(update={"tasks": {"churn": config.tasks["churn"]}})
+@pytest.mark.parametrize(("tasks", "epochs"), [(["churn"], 3), (["item"], 5), (["churn", "item"], 3)])
+def test_large_logs_get_fewer_epochs(
+    config: RunConfig, store: Store, tasks: list[str], epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {name: config.tasks[name] for name in tasks}
+    training = config.training.model_copy(update={"epochs": None})
+    config = config.model_copy(update={"tasks": kept, "training": training})
     monkeypatch.setattr(build, "ENOUGH_EXAMPLES", int(2.5 * len(store.rows_of("train"))))
-    monkeypatch.setattr(build, "ENOUGH_EVENTS", store.summary["events"] // 2)
-    for config, epochs in ((of_examples, 3), (free, 1)):
-        heads = {name: task.head_spec() for name, task in build_tasks(config, store).items()}
-        assert build.num_epochs(config, heads, store) == epochs
+    monkeypatch.setattr(build, "ENOUGH_EVENTS", int(4.5 * store.summary["events"]))
+    heads = {name: task.head_spec() for name, task in build_tasks(config, store).items()}
+    assert build.num_epochs(config, heads, store) == epochs
 
 
 @pytest.mark.parametrize(("refit", "minutes"), [(True, 4.0), (False, 8.0)])

@@ -194,13 +194,14 @@ def num_epochs(config: RunConfig, heads: dict[str, HeadSpec], store: Store) -> i
     """Epochs of one training; where the config leaves it open, by what its tasks learn from and how much that is."""
     if config.training.epochs:
         return config.training.epochs
-    if any(heads[name].reads_events for name in config.tasks):
-        events = store.summary["events"]
-        most = max(EPOCHS_OF_EVENTS, min(MOST_EPOCHS, FEW_EVENTS // events))
-        return min(most, 1 + ENOUGH_EVENTS // events)
-    examples = len(store.prepared.rows_of("train"))  # a refit has more, and is as long
-    most = max(EPOCHS_OF_EXAMPLES, min(EPOCHS_OF_EVENTS, FEW_EXAMPLES // examples))
-    return min(most, 1 + ENOUGH_EXAMPLES // examples)
+    reads_events = [heads[name].reads_events for name in config.tasks]
+    examples, events = len(store.prepared.rows_of("train")), store.summary["events"]  # a refit has more, and is as long
+    if any(reads_events):
+        few = min(MOST_EPOCHS, FEW_EVENTS // events)
+        epochs = min(max(EPOCHS_OF_EVENTS, few), 1 + ENOUGH_EVENTS // events)
+    else:
+        epochs = max(EPOCHS_OF_EXAMPLES, min(EPOCHS_OF_EVENTS, FEW_EXAMPLES // examples))
+    return epochs if all(reads_events) else min(epochs, 1 + ENOUGH_EXAMPLES // examples)
 
 
 def choose_backend(name: str | None) -> None:
