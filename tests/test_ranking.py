@@ -11,6 +11,7 @@ from fake_run import make_labels, make_model, make_run_batch, make_task, make_ta
 
 from supermoe.data.batch import SetLabels
 from supermoe.data.schema import FIRST_ID, LabelSchema
+from supermoe.objectives import ranking
 from supermoe.objectives.ranking import relevant_ids
 from supermoe.typed_yaml import UserError
 
@@ -73,6 +74,20 @@ def test_metrics_need_no_ranking_of_who_has_nothing_to_find(world) -> None:
 
 def as_arrays(scores: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {key: values.detach().numpy() for key, values in scores.items()}
+
+
+@pytest.mark.parametrize("cells", [1, 25])
+def test_chunks_are_ranked_as_the_whole(world, cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, model, batch, output = world
+    for name in ("item", "basket"):
+        task, head = tasks[name], model.heads[name]
+        whole = task.scores(head, output, batch)
+        monkeypatch.setattr(ranking, "CELLS", cells)
+        in_chunks = task.scores(head, output, batch)
+        monkeypatch.undo()
+        assert in_chunks.keys() == whole.keys()
+        for key, values in whole.items():
+            torch.testing.assert_close(in_chunks[key], values)
 
 
 def test_seen_ids_are_never_ranked(world) -> None:

@@ -23,6 +23,7 @@ from supermoe.objectives.event_softmax import EventSoftmax, Negatives, check_cat
 from supermoe.objectives.task import MIN_PRIOR_LOSS, Labels, Scores, Task, TaskConfig, repeat_row, set_rows
 from supermoe.typed_yaml import ALL_TIME
 
+CELLS = 1 << 21  # logits ranked at a time: all of a batch's leave the caches, and take twice as long
 NOT_RANKED = {"top_k": -1, "scores": -torch.inf, "rank": 0}
 
 
@@ -90,6 +91,13 @@ class _Ranking(Task):
         return replace(output, task_BX={self.name: output.task_BX[self.name][wanted_W]}), batch.take(wanted_W)
 
     def scores(self, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:
+        per_chunk = max(1, CELLS // self.schema.fields[self.field].size)
+        chunks = torch.arange(batch.num_examples, device=batch.read_B.device).split(per_chunk)
+        found = [self._rank_at(chunk, head, output, batch) for chunk in chunks]
+        return {key: torch.cat([part[key] for part in found]) for key in found[0]}
+
+    def _rank_at(self, wanted_W: Tensor, head: Any, output: Any, batch: Batch) -> dict[str, Tensor]:
+        output, batch = self._at(wanted_W, output, batch)
         return self.rank(self.logits(head, output, batch), batch)
 
     def rank(self, logits_BV: Tensor, batch: Batch) -> dict[str, Tensor]:
