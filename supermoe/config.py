@@ -136,8 +136,8 @@ class ModelConfig(Config):
     activation: Literal["gelu", "silu", "relu2", "swiglu"] = "gelu"
     dense_layers: int = Field(1, ge=0)  # blocks with a dense feed-forward before the MoE blocks
     moe: MoEConfig = Field(default_factory=lambda: MoEConfig())
-    dropout: float = Field(0.3, ge=0, lt=1)
-    head_dropout: float = Field(0.5, ge=0, lt=1)  # on what a task's head reads
+    dropout: float = Field(0.2, ge=0, lt=1)  # in blocks, and on what heads read of events
+    head_dropout: float = Field(0.5, ge=0, lt=1)  # on what heads read of users
     feature_dropout: float = Field(0.4, ge=0, lt=1)  # in the network of declared features and bags; a quarter on inputs
     feature_layers: int = Field(2, ge=0)  # residual blocks of that network
     bag_dim: int = Field(64, ge=1)  # width of a bag's table, before it enters the feature network

@@ -32,7 +32,7 @@ def answer(kind: str, second: SecondOpinion) -> tuple[torch.nn.Module, Tensor]:
     elif kind == "field":
         head = FieldHead(WIDTH, table, ["type_all"], dropout=0.0, second=second)
     else:
-        head = NextFieldHead(WIDTH, WIDTH, table, ["type_all"], dropout=0.0, second=second)
+        head = NextFieldHead(WIDTH, WIDTH, table, ["type_all"], 0.0, 0.0, second)
     torch.nn.init.normal_(head.bias)
     head.train(second.training)
     if kind == "next":

@@ -233,6 +233,15 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_heads_of_users_and_of_events_have_dropout_of_their_own() -> None:
+    heads = {**HEADS, "item": HeadSpec("field", field="type", reads="both")}
+    model = make_model(heads, dropout=0.1, head_dropout=0.4)
+    of_users = {name: model.heads[name].dropout for name in ("churn", "type", "next_type")}
+    assert set(of_users.values()) == {0.4}
+    assert model.heads["pretrain"].dropout == model.heads["item"].dropout == 0.1
+    assert model.heads["item"].correction.dropout == 0.4
+
+
 def test_no_python_loop_over_users_or_events() -> None:
     model = make_model()
 

@@ -238,10 +238,11 @@ class NextFieldHead(FieldHead):
         width: int,
         table: Table,
         bags: list[str],
+        event_dropout: float,
         dropout: float,
         second: SecondOpinion | None = None,
     ):
-        super().__init__(event_width, table, [], dropout, nearness=NEARNESS, second=second)
+        super().__init__(event_width, table, [], event_dropout, nearness=NEARNESS, second=second)
         self.correction = FieldHead(width, table, bags, dropout, copied=0.0)
         self.trust = nn.Linear(width, 1)
         nn.init.zeros_(self.trust.weight)

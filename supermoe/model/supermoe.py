@@ -132,9 +132,9 @@ class SuperMoE(nn.Module):
         assert spec.field is not None, "a head of kind 'field' names its field"
         table = self.embedding.tables[spec.field]
         if spec.reads == "event":
-            return FieldHead(self.config.dim, table, [], dropout, nearness=NEARNESS)
+            return FieldHead(self.config.dim, table, [], self.config.dropout, nearness=NEARNESS)
         lifetime = next((name for name in bags if schema.bags[name].window == ALL_TIME), None)
         habits = Habits(spec.field, table.num_embeddings, lifetime) if self.config.habits else None
         if spec.reads == "both":
-            return NextFieldHead(self.config.dim, width, table, bags, dropout, habits)
+            return NextFieldHead(self.config.dim, width, table, bags, self.config.dropout, dropout, habits)
         return FieldHead(width, table, bags, dropout, second=habits)
