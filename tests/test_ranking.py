@@ -58,6 +58,20 @@ def test_rank_and_top_k_agree_with_a_full_sort() -> None:
     assert found["rank"].tolist() == [1 + min(order[0].index(4), order[0].index(7)), 0, 1 + order[2].index(10)]
 
 
+@pytest.mark.parametrize("name", ["item", "basket"])
+def test_with_nothing_to_find_every_weight_still_has_a_gradient(world, name: str) -> None:
+    """Other ranks may have some, and wait for this one's."""
+    tasks, model, batch, _ = world
+    nothing = {"item": torch.full((batch.num_examples,), -1), "basket": sets(*[[]] * batch.num_examples)}
+    batch = replace(batch, labels={**batch.labels, name: nothing[name]})
+    with torch.enable_grad():
+        loss, _ = tasks[name].loss(model.heads[name], model(batch), batch)
+        weights = dict(model.heads[name].named_parameters())
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    unreached = [key for key, gradient in zip(weights, found, strict=True) if gradient is None]
+    assert unreached == []
+
+
 def test_metrics_need_no_ranking_of_who_has_nothing_to_find(world) -> None:
     tasks, model, batch, output = world
     for name in ("item", "basket"):
